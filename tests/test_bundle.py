@@ -1,0 +1,142 @@
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tsdsr_core.bundle import METADATA_KEY, Bundle, is_bundle, read_bundle, read_description, write_bundle
+from tsdsr_core.diffusers_models import load_bundle, load_folder, merged_bundle
+from tsdsr_core.lora import load_lora
+from tsdsr_core.prompt import PromptEmbeds, load_prompt
+from tsdsr_core.restore import Options, restore
+
+from .tiny import Published, photo
+
+CPU = torch.device("cpu")
+
+
+def loras_of(published: Published):
+    return load_lora(published.loras / "transformer.safetensors"), load_lora(published.loras / "vae.safetensors")
+
+
+@pytest.fixture(scope="module")
+def lora_bundle(published: Published) -> Bundle:
+    transformer, vae = loras_of(published)
+    return Bundle("lora", load_prompt(published.embeddings), transformer.state_dict(), vae.state_dict(), notes={"a": "b"})
+
+
+@pytest.fixture(scope="module")
+def merged(published: Published, tmp_path_factory):
+    model = load_folder(published.sd3, loras_of(published), load_prompt(published.embeddings), CPU, torch.float32)
+    path = tmp_path_factory.mktemp("bundle") / "merged.safetensors"
+    write_bundle(path, merged_bundle(model, torch.float32, {"license": "test"}))
+    return model, path
+
+
+def test_a_lora_bundle_gives_its_loras_back(lora_bundle, published, tmp_path):
+    write_bundle(tmp_path / "b.safetensors", lora_bundle)
+    again = read_bundle(tmp_path / "b.safetensors")
+    assert (again.kind, again.notes) == ("lora", {"a": "b"})
+    assert torch.equal(again.prompt.tokens, published.tokens)
+    for found, original in zip(again.loras(), loras_of(published), strict=True):
+        assert found.target == original.target
+        assert found.pairs.keys() == original.pairs.keys()
+        assert all(torch.equal(found.pairs[name].delta(), pair.delta()) for name, pair in original.pairs.items())
+
+
+def test_a_merged_bundle_restores_as_the_folder_it_came_from(merged):
+    model, path = merged
+    again = load_bundle(read_bundle(path), CPU, torch.float32)
+    low, options = photo(30, 20), Options(process_size=0)
+    difference = restore(low, again.restorer(), options) - restore(low, model.restorer(), options)
+    assert difference.abs().max() <= 1e-5
+
+
+def test_kinds_are_not_mixed_up(merged, lora_bundle):
+    with pytest.raises(ValueError, match="holds only LoRAs"):
+        load_bundle(lora_bundle, CPU, torch.float32)
+    with pytest.raises(ValueError, match="holds merged weights, no LoRAs"):
+        read_bundle(merged[1]).loras()
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated", "header"])
+def test_damaged_files_are_named(damage, merged, tmp_path):
+    path = tmp_path / "bad.safetensors"
+    whole = merged[1].read_bytes()
+    content = {"empty": b"", "text": b"hello, I am a file", "truncated": whole[:-10], "header": whole[:40]}.get(damage)
+    if content is not None:
+        path.write_bytes(content)
+    assert not is_bundle(path)
+    with pytest.raises(ValueError, match=r"bad\.safetensors"):
+        read_bundle(path)
+
+
+def rewrite(source, target, change):
+    """Copy a bundle with its description changed."""
+    with safe_open(source, framework="pt") as file:
+        description = json.loads(file.metadata()[METADATA_KEY])
+    change(description)
+    save_file(load_file(source), target, {METADATA_KEY: json.dumps(description)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(version=2), "version 2, this program reads up to 1: update"),
+        (lambda d: d.update(version="new"), "no version"),
+        (lambda d: d.update(kind="zip"), "kind 'zip'"),
+        (lambda d: d.pop("vae_config"), "vae_config is missing"),
+        (lambda d: d["defaults"].update(wavelet_levels="five"), "default wavelet_levels = 'five'"),
+        (lambda d: d["defaults"].update(shell="rm"), "default shell"),
+    ],
+)
+def test_foreign_metadata_is_refused(change, message, merged, tmp_path):
+    rewrite(merged[1], tmp_path / "b.safetensors", change)
+    with pytest.raises(ValueError, match=message):
+        read_description(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["transformer_config"].update(num_layers=3),
+        lambda d: d["transformer_config"].update(num_attention_heads=3),
+        lambda d: d["vae_config"].update(block_out_channels=[8, 16]),
+        lambda d: d["vae_config"].update(down_block_types=["os.system"]),
+    ],
+)
+def test_weights_that_do_not_match_the_configuration_are_refused(change, merged, tmp_path):
+    rewrite(merged[1], tmp_path / "b.safetensors", change)
+    with pytest.raises(ValueError, match="does not match its configuration"):
+        load_bundle(read_bundle(tmp_path / "b.safetensors"), CPU, torch.float32)
+
+
+def test_other_safetensors_are_no_bundles(published):
+    path = published.loras / "vae.safetensors"
+    assert not is_bundle(path)
+    with pytest.raises(ValueError, match="is not a TSD-SR bundle"):
+        read_bundle(path)
+
+
+def test_missing_parts_are_damage(merged, tmp_path):
+    with safe_open(merged[1], framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {key: value for key, value in load_file(merged[1]).items() if not key.startswith("vae.")}
+    save_file(tensors, tmp_path / "b.safetensors", metadata)
+    with pytest.raises(ValueError, match="lacks the prompt embeddings, the transformer or the VAE"):
+        read_bundle(tmp_path / "b.safetensors")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, lora_bundle):
+    path = tmp_path / "b.safetensors"
+    write_bundle(path, lora_bundle)
+    before = path.read_bytes()
+    prompt = PromptEmbeds(torch.zeros(1, 2, 3), torch.zeros(1, 4))
+    with pytest.raises(TypeError):
+        write_bundle(path, Bundle("lora", prompt, {}, {}, notes={1j: "not JSON"}))
+    shared = torch.zeros(4)
+    with pytest.raises(RuntimeError):  # tensors that share memory cannot be written
+        write_bundle(path, Bundle("lora", prompt, {"a": shared, "b": shared}, {}))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,259 @@
+"""The command line as a person uses it, on real files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tsdsr_core.bundle import read_bundle
+from tsdsr_core.cli import main
+from tsdsr_core.diffusers_models import DiffusersModel
+from tsdsr_core.image_io import Picture, read_picture, write_picture
+
+from . import oracle
+from .tiny import Published, photo
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    folder = tmp_path / "in"
+    for index, (height, width) in enumerate([(24, 30), (17, 40), (32, 32)]):
+        write_picture(folder / f"{index}.png", Picture(photo(height, width, index)))
+    return folder
+
+
+def official(published: Published) -> list[str]:
+    folders = published.sd3, published.loras, published.embeddings
+    return [text for pair in zip(("--model", "--lora-dir", "--embedding-dir"), map(str, folders), strict=True) for text in pair]
+
+
+def upscale(*arguments) -> int:
+    return main(["upscale", *map(str, arguments)])
+
+
+def test_one_picture_becomes_one_file(pictures, tmp_path, capsys):
+    result = tmp_path / "new" / "folder" / "out.png"
+    assert upscale(pictures / "0.png", "-o", result, "--scale", "2.5") == 0
+    assert Image.open(result).size == (75, 60)
+    assert "75x60" in capsys.readouterr().out
+
+
+def test_a_folder_becomes_a_folder_and_the_bad_file_is_reported_last(pictures, tmp_path, capsys):
+    (pictures / "bad.png").write_bytes(b"\x89PNG broken")
+    (pictures / "notes.txt").write_text("not a picture")
+    assert upscale(pictures, "-o", tmp_path / "out", "--scale", "1") == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "2.png"]
+    assert "bad.png" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_json_reports_every_file(pictures, tmp_path, capsys):
+    (pictures / "bad.png").write_bytes(b"")
+    assert upscale(pictures, "-o", tmp_path / "out", "--scale", "1", "--json") == 1
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert [file["status"] for file in files] == ["done", "done", "done", "failed"]
+    assert files[0]["size"] == [30, 24]
+    assert "bad.png" in files[3]["error"]
+
+
+@pytest.mark.parametrize("fix", ["wavelet", "adain", "none"])
+def test_the_official_recipe_writes_the_published_picture(fix, published, tmp_path):
+    low = 0.1 * photo(130, 136) + 0.4 if fix == "adain" else photo(130, 136)
+    write_picture(tmp_path / "in.png", Picture(low))
+    low = read_picture(tmp_path / "in.png").rgb
+    arguments = ["--recipe", "official", "--color", fix, "-o", tmp_path / "out.png"]
+    assert upscale(tmp_path / "in.png", *official(published), *arguments) == 0
+    ours = np.array(Image.open(tmp_path / "out.png"))
+    expected = oracle.restore_picture(published, low, 4, fix)
+    assert np.abs(ours.astype(int) - expected).max() <= 1
+
+
+def test_bundles_of_both_kinds_restore_like_the_folders(published, pictures, tmp_path):
+    assert main(["bundle", *official(published)[2:], "-o", str(tmp_path / "lora.safetensors"), "--dtype", "fp32"]) == 0
+    assert main(["bundle", "--merge", *official(published), "-o", str(tmp_path / "all.safetensors"), "--dtype", "fp32"]) == 0
+    results = []
+    for index, model in enumerate(
+        [
+            official(published),
+            ["--model", published.sd3, "--lora-dir", tmp_path / "lora.safetensors"],
+            ["--model", tmp_path / "all.safetensors"],
+        ]
+    ):
+        result = tmp_path / f"{index}.png"
+        assert upscale(pictures / "0.png", *model, "-o", result, "--scale", "1.5") == 0
+        results.append(np.array(Image.open(result)).astype(int))
+    assert np.abs(results[0] - results[1]).max() <= 1
+    assert np.abs(results[0] - results[2]).max() <= 1
+
+
+def test_bundle_says_what_is_missing_and_stores_notes(published, tmp_path, capsys):
+    out = str(tmp_path / "b.safetensors")
+    loras = official(published)[2:]
+    for arguments, message in (
+        (["-o", out], "expected --lora-dir"),
+        (["--merge", *loras, "-o", out], "--merge needs --model"),
+        ([*loras, "-o", str(tmp_path / "b.bin")], "is a .safetensors file"),
+        ([*loras, "-o", out, "--note", "oops"], "KEY=TEXT"),
+        ([*loras, "-o", out, "--lora-strength", "0.5"], "strengths"),
+    ):
+        assert main(["bundle", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["bundle", *loras, "-o", out, "--note", "license=NTU S-Lab"]) == 0
+    assert read_bundle(Path(out)).notes == {"license": "NTU S-Lab"}
+    assert main(["bundle", *loras, "-o", out]) == 2
+    assert "--existing overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{in}/none.png", "-o", "{out}"], "no such file"),
+        (["{in}/0.png", "-o", "{out}", "--scale", "0.5"], "scale 0.5"),
+        (["{in}/0.png", "-o", "{out}", "--tile", "63"], "tile 63"),
+        (["{in}/0.png", "-o", "{out}", "--tile", "512"], "tile 512"),
+        (["{in}/0.png", "-o", "{out}", "--tile-overlap", "64"], "tile overlap 64"),
+        (["{in}/0.png", "-o", "{out}", "--tile-batch", "0"], "tile batch 0"),
+        (["{in}/0.png", "-o", "{out}", "--strength", "3"], "strength 3"),
+        (["{in}/0.png", "-o", "{out}", "--recipe", "official", "--scale", "1.5"], "whole number"),
+        (["{in}/0.png", "-o", "{out}", "--device", "abacus"], "abacus"),
+        (["{in}/0.png", "-o", "{out}", "--model", "{in}/no.safetensors"], "no.safetensors"),
+        (["{in}/0.png", "-o", "{out}", "--model", "{in}/0.png"], "not a safetensors file"),
+        (["{in}/0.png", "-o", "{out}", "--model", "{in}"], "--lora-dir"),
+        (["{in}/0.png", "-o", "{out}", "--lora-dir", "{in}"], "--lora-dir and --embedding-dir go with an SD3 folder"),
+        (["{in}/0.png", "{in}/1.png", "-o", "{out}/x.png"], "expected a folder"),
+        (["{in}", "-o", "{in}"], "over an input"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_one_line(arguments, message, pictures, tmp_path, capsys):
+    arguments = [text.replace("{in}", str(pictures)).replace("{out}", str(tmp_path / "out")) for text in arguments]
+    assert upscale(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["upscale"], ["upscale", "x.png"], ["fly"], ["upscale", "x", "-o", "y", "--color", "red"]]
+)
+def test_argparse_ends_with_2(arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+def test_existing_results_are_refused_skipped_or_replaced(pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "0.png").write_bytes(b"mine")
+    assert upscale(pictures, "-o", out, "--scale", "1") == 2
+    assert "--existing overwrite" in capsys.readouterr().err
+    assert upscale(pictures, "-o", out, "--scale", "1", "--existing", "skip") == 0
+    assert (out / "0.png").read_bytes() == b"mine"
+    assert (out / "2.png").exists()
+    assert upscale(pictures, "-o", out, "--scale", "1", "--existing", "overwrite") == 0
+    assert Image.open(out / "0.png").size == (30, 24)
+
+
+def test_running_out_of_memory_is_reported_with_advice(pictures, tmp_path, capsys, monkeypatch):
+    def decode(self, z):
+        raise torch.OutOfMemoryError("tried to allocate 64 GiB")
+
+    monkeypatch.setattr(DiffusersModel, "decode", decode)
+    assert upscale(pictures / "0.png", "-o", tmp_path / "x.png") == 1
+    assert "0.png: out of memory; try a smaller --scale" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_alpha_is_enlarged_and_reattached(tmp_path):
+    alpha = photo(20, 26, 9)[:, :1]
+    write_picture(tmp_path / "a.png", Picture(photo(20, 26), alpha=alpha))
+    assert upscale(tmp_path / "a.png", "-o", tmp_path / "b.png", "--scale", "2") == 0
+    result = Image.open(tmp_path / "b.png")
+    assert (result.mode, result.size) == ("RGBA", (52, 40))
+    shrunk = np.array(result.getchannel("A").resize((26, 20), Image.Resampling.BOX)) / 255
+    assert np.abs(shrunk - alpha[0, 0].numpy()).mean() < 0.02
+    assert upscale(tmp_path / "a.png", "-o", tmp_path / "b.jpg") == 1
+    assert not (tmp_path / "b.jpg").exists()
+
+
+def test_greyscale_stays_grey(tmp_path):
+    Image.fromarray((photo(20, 20)[0, 0].numpy() * 255).astype(np.uint8)).save(tmp_path / "g.png")
+    assert upscale(tmp_path / "g.png", "-o", tmp_path / "h.png", "--scale", "2") == 0
+    assert Image.open(tmp_path / "h.png").mode == "L"
+
+
+def run(*arguments: str, **options) -> subprocess.Popen:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, **options)
+
+
+def test_an_interrupt_leaves_whole_files_only(tmp_path):
+    for index in range(30):
+        write_picture(tmp_path / "in" / f"{index:02}.png", Picture(photo(100, 100, index)))
+    process = run("-m", "tsdsr_core", "upscale", str(tmp_path / "in"), "-o", str(tmp_path / "out"), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("0*.png")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.decode().strip().endswith("interrupted")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert 0 < len(names) < 30
+    for name in names:
+        assert Image.open(tmp_path / "out" / name).size == (400, 400), "a partial file was left"
+
+
+def test_processes_share_a_folder_out(pictures, tmp_path):
+    process = run(
+        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "tsdsr_core", "upscale", str(pictures),
+        "-o", str(tmp_path / "out"), "--scale", "1", "--device", "cpu", "--json", stdout=subprocess.PIPE,
+    )  # fmt: skip
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0
+    report = next(line for line in output.decode().splitlines() if line.startswith('{"files"'))
+    files = json.loads(report)["files"]
+    assert sorted(Path(file["output"]).name for file in files) == ["0.png", "1.png", "2.png"]
+    assert {file["status"] for file in files} == {"done"}
+    assert output.decode().count('{"files"') == 1
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_info_tells_what_files_are(published, tmp_path, capsys):
+    model = ["--model", str(published.sd3)]
+    bundle = tmp_path / "b.safetensors"
+    assert main(["bundle", *official(published)[2:], "-o", str(bundle)]) == 0
+    capsys.readouterr()
+    for path, extra, kind, fits in (
+        (published.loras / "transformer.safetensors", model, "LoRA for the transformer", True),
+        (published.loras / "vae.safetensors", model, "LoRA for the vae", True),
+        (published.loras / "vae.safetensors", [], "LoRA for the vae", False),
+        (published.loras, model, "LoRA for the transformer and the vae", True),
+        (published.embeddings, [], "prompt embeddings", False),
+        (published.embeddings / "pool_embeds.pt", [], "prompt embeddings", False),
+        (published.sd3, [], "model folder in diffusers' layout", False),
+        (bundle, model, "lora bundle", True),
+        (ROOT / "tsdsr_core" / "assets" / "builtin.safetensors", [], "merged bundle", True),
+    ):
+        code = main(["info", str(path), *extra, "--json"])
+        facts = json.loads(capsys.readouterr().out)
+        assert (facts["kind"], facts["fits"], code) == (kind, fits, 0 if fits else 1), path
+    assert main(["info", str(published.loras / "vae.safetensors"), *model]) == 0
+    assert "31 modules of rank 4" in capsys.readouterr().out
+    for path in (tmp_path, ROOT / "pyproject.toml", tmp_path / "none"):
+        assert main(["info", str(path)]) == 2
+
+
+def test_python_dash_m_is_the_same_command():
+    process = run("-m", "tsdsr_core", "--version", stdout=subprocess.PIPE)
+    assert process.communicate(timeout=60)[0].decode().startswith("tsdsr 0.")

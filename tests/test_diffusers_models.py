@@ -1,0 +1,143 @@
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+from tsdsr_core.device import choose_device, choose_dtype
+from tsdsr_core.diffusers_models import DiffusersModel, folder_shapes, load_folder
+from tsdsr_core.lora import load_lora
+from tsdsr_core.prompt import PromptEmbeds, load_prompt
+from tsdsr_core.restore import Options, restore
+
+from .tiny import TRANSFORMER, Published, photo
+
+CPU = torch.device("cpu")
+SMALL = Options(process_size=0)
+
+
+def load(published: Published, dtype=torch.float32, **strengths) -> DiffusersModel:
+    loras = load_lora(published.loras / "transformer.safetensors"), load_lora(published.loras / "vae.safetensors")
+    return load_folder(published.sd3, loras, load_prompt(published.embeddings), CPU, dtype, **strengths)
+
+
+def test_geometry_comes_from_the_configuration(published):
+    model = load(published).restorer()
+    assert (model.vae_factor, model.patch, model.longest_side, model.scaling_factor) == (8, 2, 192, 1.5305)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.06)])
+def test_half_precision_stays_close_to_fp32(dtype, tolerance, published):
+    low = photo(24, 30)
+    exact = restore(low, load(published).restorer(), SMALL)
+    assert (restore(low, load(published, dtype).restorer(), SMALL) - exact).abs().max() < tolerance
+
+
+def test_the_vae_never_runs_in_bf16(published):
+    model = load(published, torch.bfloat16)
+    assert {p.dtype for p in model.vae.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.transformer.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_vae_that_overflows_in_fp16_runs_again_in_fp32(part, published, caplog):
+    model = load(published, torch.float16)
+    exact = load(published)
+    with torch.no_grad():
+        for each in (model, exact):
+            half = getattr(each.vae, part)
+            half.conv_in.weight.mul_(1e5)  # group normalisation takes the factor out again, in fp32
+    low = photo(24, 24)
+    with caplog.at_level(logging.WARNING):
+        result = restore(low, model.restorer(), SMALL)
+    assert f"the VAE {part} overflowed" in caplog.text
+    assert {p.dtype for p in model.vae.parameters()} == {torch.float16}
+    assert (result - restore(low, exact.restorer(), SMALL)).abs().max() < 0.05
+
+
+def test_a_sampled_posterior_follows_its_seed(published):
+    low, model = photo(24, 24), load(published)
+    first, again = (restore(low, model.restorer("sample", 1), SMALL) for _ in range(2))
+    other = restore(low, model.restorer("sample", 2), SMALL)
+    assert torch.equal(first, again)
+    assert (first - other).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="'mean'"):
+        model.restorer("mean")
+
+
+def test_strengths_reach_their_own_lora(published):
+    low = photo(24, 24)
+    full = restore(low, load(published).restorer(), SMALL)
+    for name in ("strength", "vae_strength"):
+        assert (restore(low, load(published, **{name: 0.0}).restorer(), SMALL) - full).abs().max() > 1e-3
+
+
+def test_idle_attention_is_skipped_without_a_difference(published):
+    plain = load_folder(published.sd3, None, load_prompt(published.embeddings), CPU, torch.float32)
+    zeroed = load_folder(published.sd3, None, load_prompt(published.embeddings), CPU, torch.float32)
+    for model in (plain, zeroed):
+        for half in (model.vae.encoder, model.vae.decoder):
+            for parameter in half.mid_block.attentions[0].to_out.parameters():
+                parameter.zero_()
+    skipping = DiffusersModel(zeroed.transformer, zeroed.vae, zeroed.prompt, CPU, torch.float32)
+    skipping.vae.encoder.mid_block.attentions[0].to_q.weight.fill_(torch.nan)  # seen only if the attention ran
+    low = photo(24, 24)
+    assert (restore(low, skipping.restorer(), SMALL) - restore(low, plain.restorer(), SMALL)).abs().max() < 1e-6
+    assert "encoder.mid_block.attentions.0.to_q.weight" in skipping.vae.state_dict()
+
+
+def test_the_transformer_of_sd35_medium_runs_unchanged(published, tmp_path):
+    shutil.copytree(published.sd3 / "vae", tmp_path / "vae")
+    SD3Transformer2DModel(**TRANSFORMER, qk_norm="rms_norm", dual_attention_layers=(0,)).save_pretrained(
+        tmp_path / "transformer"
+    )
+    model = load_folder(tmp_path, None, load_prompt(published.embeddings), CPU, torch.float32)
+    assert torch.isfinite(restore(photo(24, 24), model.restorer(), SMALL)).all()
+    loras = load_lora(published.loras / "transformer.safetensors"), load_lora(published.loras / "vae.safetensors")
+    with pytest.raises(ValueError, match=r"transformer_blocks.0.norm1.linear \(LoRA \(192, 32\), model \(288, 32\)\)"):
+        load_folder(tmp_path, loras, load_prompt(published.embeddings), CPU, torch.float32)
+
+
+def test_embeddings_of_another_model_are_refused(published):
+    prompt = PromptEmbeds(torch.zeros(1, 333, 4096), torch.zeros(1, 2048))
+    with pytest.raises(ValueError, match=r"widths \(4096, 2048\) do not fit this transformer, which takes \(24, 20\)"):
+        load_folder(published.sd3, None, prompt, CPU, torch.float32)
+
+
+def test_swapped_or_foreign_folders_are_named(published, tmp_path):
+    prompt = load_prompt(published.embeddings)
+    with pytest.raises(ValueError, match="is not an SD3 folder"):
+        load_folder(tmp_path, None, prompt, CPU, torch.float32)
+    shutil.copytree(published.sd3, tmp_path / "sd3")
+    config = tmp_path / "sd3" / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(ValueError, match="is for a FluxTransformer2DModel: expected SD3Transformer2DModel"):
+        load_folder(tmp_path / "sd3", None, prompt, CPU, torch.float32)
+
+
+def test_damaged_weights_are_named(published, tmp_path):
+    shutil.copytree(published.sd3, tmp_path / "sd3")
+    weights = next((tmp_path / "sd3" / "vae").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="vae cannot be loaded"):
+        load_folder(tmp_path / "sd3", None, load_prompt(published.embeddings), CPU, torch.float32)
+
+
+def test_folder_shapes_come_without_weights(published):
+    shapes = folder_shapes(published.sd3, "vae")
+    assert shapes["encoder.conv_in"] == (8, 3, 3, 3)
+
+
+def test_devices_and_types_are_chosen_by_name():
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type in ("cpu", "cuda", "mps", "xpu")
+    assert choose_dtype("auto", CPU) == torch.float32
+    assert choose_dtype("auto", torch.device("cuda")) == torch.float16
+    assert choose_dtype("bf16", CPU) == torch.bfloat16
+    for name in ("gpu", "meta", *(kind for kind in ("cuda", "mps", "xpu") if not getattr(torch, kind).is_available())):
+        with pytest.raises(ValueError, match=name):
+            choose_device(name)
+    with pytest.raises(ValueError, match="fp8"):
+        choose_dtype("fp8", CPU)

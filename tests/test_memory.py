@@ -1,0 +1,27 @@
+import pytest
+import torch
+
+from tsdsr_core.memory import LARGEST_BATCH, is_out_of_memory, tile_batch, tile_bytes
+
+
+def test_bytes_grow_with_tokens_width_and_type():
+    base = tile_bytes(64, 64, 2, 333, 1536, 2)
+    assert base == (32 * 32 + 333) * 1536 * 2 * 24
+    assert tile_bytes(64, 64, 2, 333, 1536, 4) == 2 * base
+    assert tile_bytes(64, 128, 2, 0, 1536, 2) == 2 * tile_bytes(64, 64, 2, 0, 1536, 2)
+
+
+@pytest.mark.parametrize(
+    ("free", "one", "batch"), [(0, 100, 1), (149, 100, 1), (300, 100, 2), (1000, 100, 6), (10**12, 100, LARGEST_BATCH)]
+)
+def test_batches_fit_with_room_to_spare(free, one, batch):
+    assert tile_batch(free, one) == batch
+
+
+def test_every_device_says_out_of_memory_in_its_own_way():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert not is_out_of_memory(ValueError("x"))

@@ -1,0 +1,163 @@
+"""The pipeline over callables whose results are known."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tsdsr_core.restore import Model, Options, bicubic, check_image, pad_to, restore
+
+from .tiny import photo
+
+
+def lossless(velocity=torch.zeros_like, **changes) -> Model:
+    """An autoencoder that loses nothing (pixels move into channels), so that only the pipeline acts."""
+    values = {
+        "encode": lambda x: F.pixel_unshuffle(x, 8),
+        "velocity": velocity,
+        "decode": lambda z: F.pixel_shuffle(z, 8),
+        "scaling_factor": 1.5305,
+    }
+    return Model(**{**values, **changes})
+
+
+@given(
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.floats(1, 16),
+    st.integers(1, 3),
+    st.sampled_from(["wavelet", "adain", "lab", "none"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_without_a_velocity_any_image_is_only_enlarged(height, width, scale, batch, fix):
+    scale = min(scale, 300 / max(height, width)) if max(height, width) * scale > 300 else scale
+    scale = max(1.0, scale)
+    image = torch.rand(batch, 3, height, width)
+    result = restore(image, lossless(), Options(scale=scale, colour_fix=fix, process_size=0))
+    expected = bicubic(image, (int(height * scale + 0.5), int(width * scale + 0.5)))
+    assert result.shape == expected.shape
+    assert (result - expected).abs().max() < 2e-4
+
+
+def test_small_images_are_worked_on_at_512_and_resized_back():
+    seen = []
+
+    def encode(x):
+        seen.append(tuple(x.shape))
+        return F.pixel_unshuffle(x, 8)
+
+    result = restore(photo(30, 45), lossless(encode=encode), Options(scale=2))
+    assert seen == [(1, 3, 512, 768)]
+    assert result.shape == (1, 3, 60, 90)
+
+
+def test_the_step_is_taken_in_scaled_latents():
+    image = photo(64, 64)
+    model = lossless(velocity=lambda z: torch.full_like(z, 0.3))
+    result = restore(image, model, Options(scale=1, process_size=0, colour_fix="none"))
+    assert (result - (image - 0.3 / 1.5305 / 2).clamp(0, 1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_strength_scales_the_step(strength):
+    image = photo(64, 64) * 0.5 + 0.4
+    model = lossless(velocity=lambda z: 0.1 * z.cos())
+    plain = restore(image, model, Options(scale=1, process_size=0, colour_fix="none", strength=0))
+    full = restore(image, model, Options(scale=1, process_size=0, colour_fix="none", strength=1))
+    part = restore(image, model, Options(scale=1, process_size=0, colour_fix="none", strength=strength))
+    assert (part - (plain + strength * (full - plain))).abs().max() < 1e-5
+    assert (full - plain).abs().max() > 0.01
+
+
+def test_images_of_a_batch_do_not_bleed():
+    images = photo(90, 120, batch=3)
+    model = lossless(velocity=lambda z: 0.2 * z.roll(1, 2), tile_batch=lambda height, width: 4)
+    options = Options(scale=2, process_size=0, tile=16, tile_overlap=4)
+    together = restore(images, model, options)
+    apart = torch.cat([restore(images[i : i + 1], model, options) for i in range(3)])
+    assert (together - apart).abs().max() < 1e-6
+
+
+def test_the_input_is_left_alone():
+    image = photo(40, 40)
+    before = image.clone()
+    restore(image, lossless(), Options(process_size=0))
+    assert torch.equal(image, before)
+
+
+def test_progress_counts_every_stage_to_its_end():
+    calls = []
+    options = Options(scale=1, process_size=0, tile=16, tile_overlap=4, tile_batch=2)
+    restore(photo(256, 256, batch=2), lossless(), options, lambda *call: calls.append(call))
+    ends = {stage: (done, total) for stage, done, total in calls}
+    assert ends == {"encode": (2, 2), "step": (18, 18), "decode": (2, 2)}
+    assert [stage for stage, _, _ in calls] == ["encode"] * 2 + ["step"] * 9 + ["decode"] * 2
+
+
+def test_a_cancelling_progress_callback_ends_the_run():
+    class Cancelled(Exception):
+        pass
+
+    def progress(stage, done, total):
+        if stage == "step":
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        restore(photo(64, 64), lossless(), Options(process_size=0), progress)
+
+
+def test_a_result_that_is_not_finite_is_an_error_and_no_black_picture():
+    model = lossless(velocity=lambda z: torch.full_like(z, torch.nan))
+    for recipe in ("default", "official"):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            restore(photo(64, 64), model, Options(recipe=recipe, process_size=0))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [torch.rand(3, 8, 8), torch.rand(1, 4, 8, 8), torch.rand(0, 3, 8, 8), torch.rand(1, 3, 0, 8),
+     torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.full((1, 3, 8, 8), torch.nan), torch.full((1, 3, 8, 8), torch.inf)],
+)  # fmt: skip
+def test_impossible_images_are_refused_before_any_work(image):
+    def never(x):
+        raise AssertionError("work was done")
+
+    with pytest.raises(ValueError, match="expected"):
+        restore(image, lossless(encode=never), Options())
+    with pytest.raises(ValueError, match="expected"):
+        check_image(image)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"scale": 0.9}, "scale 0.9"),
+        ({"scale": 17}, "scale 17"),
+        ({"scale": float("nan")}, "scale nan"),
+        ({"strength": -0.1}, "strength -0.1"),
+        ({"strength": float("nan")}, "strength nan"),
+        ({"recipe": "best"}, "'best'"),
+        ({"colour_fix": "rainbow"}, "'rainbow'"),
+        ({"tile_batch": 0}, "tile batch 0"),
+        ({"recipe": "official", "scale": 2.5}, "whole number"),
+    ],
+)
+def test_impossible_options_are_named(changes, named):
+    with pytest.raises(ValueError, match=named):
+        Options(**changes)
+
+
+def test_padding_reflects_where_it_can_and_repeats_where_it_must():
+    image = torch.arange(6.0).reshape(1, 1, 2, 3)
+    assert pad_to(image, (2, 5))[0, 0, 0].tolist() == [0, 1, 2, 1, 0]
+    assert pad_to(image, (5, 3))[0, 0, :, 0].tolist() == [0, 3, 3, 3, 3]
+    assert pad_to(image, (2, 3)) is image
+
+
+def test_enlarging_is_plain_bicubic_and_shrinking_is_anti_aliased():
+    image = photo(20, 30)
+    expected = F.interpolate(image, (50, 75), mode="bicubic", align_corners=False).clamp(0, 1)
+    assert torch.equal(bicubic(image, (50, 75)), expected)
+    stripes = torch.tensor([0.0, 1.0]).repeat(32).expand(1, 3, 64, 64)
+    assert (bicubic(stripes, (16, 16)) - 0.5).abs().max() < 0.05

@@ -1,0 +1,102 @@
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tsdsr_core.tile_blend import centred_window, official_window, tiled_velocity
+from tsdsr_core.tile_plan import TileSettings, even_tiles, official_tiles
+
+QUIET = lambda done, total: None  # noqa: E731
+
+
+def run(velocity, z, plan, window=None, batch=4, tick=QUIET):
+    window = centred_window(plan.tile_height, plan.tile_width) if window is None else window
+    return tiled_velocity(velocity, z, plan, window, batch, tick)
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_the_weights_of_all_tiles_sum_to_one(half_height, half_width, batch):
+    z = torch.randn(2, 3, 2 * half_height, 2 * half_width)
+    plan = even_tiles(*z.shape[2:], TileSettings(24, 6, 2))
+    assert (run(lambda tiles: torch.ones_like(tiles), z, plan, batch=batch) - 1).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (90, 70), (64, 200), (130, 66)])
+@pytest.mark.parametrize(("tiles", "window"), [(even_tiles, centred_window), (official_tiles, official_window)])
+def test_a_pointwise_velocity_leaves_no_seam(shape, tiles, window):
+    z = torch.randn(1, 4, *shape)
+    plan = tiles(*shape, TileSettings(32, 8, 2))
+    assert len(plan) > 1
+    result = run(torch.tanh, z, plan, window(plan.tile_height, plan.tile_width))
+    assert (result - torch.tanh(z)).abs().max() <= 1e-6
+
+
+def test_the_window_is_the_hand_calculated_gaussian():
+    window = centred_window(4, 2)
+    across = torch.tensor([-0.25, 0.25])
+    down = torch.tensor([-0.375, -0.125, 0.125, 0.375])
+    expected = torch.outer(torch.exp(-50 * down**2), torch.exp(-50 * across**2)) / (2 * torch.pi * 0.01)
+    assert torch.allclose(window, expected, rtol=1e-5)
+    assert torch.equal(window, window.flip(0))
+    assert torch.equal(window, window.flip(1))
+    assert not torch.equal(official_window(4, 2), official_window(4, 2).flip(0))
+
+
+@pytest.mark.parametrize(("images", "batch", "calls"), [(1, 1, [1] * 9), (1, 4, [4, 4, 1]), (2, 8, [8, 8, 2]), (1, 100, [9])])
+def test_the_number_of_calls_is_the_planned_one(images, batch, calls):
+    seen, ticks = [], []
+
+    def velocity(tiles):
+        seen.append(len(tiles))
+        return tiles
+
+    plan = even_tiles(128, 128, TileSettings(64, 8, 2))
+    run(velocity, torch.randn(images, 2, 128, 128), plan, batch=batch, tick=lambda done, total: ticks.append((done, total)))
+    assert seen == calls
+    assert ticks[-1] == (9 * images, 9 * images)
+    assert [done for done, _ in ticks] == torch.tensor(calls).cumsum(0).tolist()
+
+
+def test_images_of_a_batch_do_not_bleed():
+    z = torch.randn(3, 2, 40, 40)
+    plan = even_tiles(40, 40, TileSettings(16, 4, 2))
+    together = run(lambda tiles: tiles.square(), z, plan, batch=5)
+    apart = torch.cat([run(lambda tiles: tiles.square(), z[i : i + 1], plan, batch=5) for i in range(3)])
+    assert torch.equal(together, apart)
+
+
+def test_running_out_of_memory_halves_the_batch_and_goes_on(caplog):
+    seen = []
+
+    def velocity(tiles):
+        seen.append(len(tiles))
+        if len(tiles) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return tiles
+
+    z = torch.randn(1, 2, 128, 128)
+    plan = even_tiles(128, 128, TileSettings(64, 8, 2))
+    with caplog.at_level(logging.WARNING):
+        result = run(velocity, z, plan, batch=8)
+    assert seen == [8, 4, 2, 2, 2, 2, 1]
+    assert (result - z).abs().max() <= 1e-6
+    assert len(caplog.records) == 2
+
+
+def test_memory_for_not_even_one_tile_is_an_error():
+    def velocity(tiles):
+        raise torch.OutOfMemoryError("no memory at all")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no memory at all"):
+        run(velocity, torch.randn(1, 2, 32, 32), even_tiles(32, 32, TileSettings(16, 4, 2)))
+
+
+def test_other_errors_pass_through():
+    def velocity(tiles):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run(velocity, torch.randn(1, 2, 32, 32), even_tiles(32, 32, TileSettings(16, 4, 2)))

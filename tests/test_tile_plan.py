@@ -1,0 +1,83 @@
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tsdsr_core.tile_plan import TileSettings, even_tiles, needs_tiles, official_tiles
+
+PUBLISHED = TileSettings(64, 8, 2)
+even = st.integers(1, 200).map(lambda n: 2 * n)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tops", "lefts", "tile"),
+    [
+        (64, 64, (0,), (0,), (64, 64)),
+        (32, 128, (0,), (0,), (32, 128)),  # as large as one tile: not cut
+        (66, 64, (0, 2), (0,), (64, 64)),
+        (40, 200, (0,), (0, 44, 90, 136), (40, 64)),
+        (128, 128, (0, 32, 64), (0, 32, 64), (64, 64)),
+        (120, 176, (0, 56), (0, 56, 112), (64, 64)),  # what a stride of 56 fits exactly
+    ],
+)
+def test_even_tiles(height, width, tops, lefts, tile):
+    plan = even_tiles(height, width, PUBLISHED)
+    assert (plan.tops, plan.lefts, (plan.tile_height, plan.tile_width)) == (tops, lefts, tile)
+    assert len(plan) == len(plan.positions) == len(tops) * len(lefts)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tops", "lefts", "tile"),
+    [
+        (64, 64, (0,), (0,), 64),
+        (65, 65, (0, 1), (0, 1), 64),  # the published grid overlaps these by 63
+        (64, 128, (0,), (0, 56, 64), 64),
+        (120, 176, (0, 56), (0, 56, 112), 64),
+        (40, 200, (0,), (0, 32, 64, 96, 128, 160), 40),
+    ],
+)
+def test_official_tiles(height, width, tops, lefts, tile):
+    plan = official_tiles(height, width, PUBLISHED)
+    assert (plan.tops, plan.lefts, plan.tile_height, plan.tile_width) == (tops, lefts, tile, tile)
+
+
+def test_official_tiles_refuse_what_cuts_patches():
+    with pytest.raises(ValueError, match="63x63 latent cells"):
+        official_tiles(63, 80, PUBLISHED)
+
+
+@given(even, even, st.integers(2, 40), st.data())
+def test_even_tiles_cover_everything_on_patches_with_the_wanted_overlap(height, width, half_tile, data):
+    tile = 2 * half_tile
+    overlap = 2 * data.draw(st.integers(0, half_tile - 1))
+    settings = TileSettings(tile, overlap, 2)
+    plan = even_tiles(height, width, settings)
+    if not needs_tiles(height, width, settings):
+        assert (len(plan), plan.tile_height, plan.tile_width) == (1, height, width)
+        return
+    for starts, side, length in ((plan.tops, plan.tile_height, height), (plan.lefts, plan.tile_width, width)):
+        assert side == min(tile, length)
+        assert starts[0] == 0
+        assert starts[-1] + side == length
+        assert all(start % 2 == 0 for start in starts)
+        steps = [b - a for a, b in itertools.pairwise(starts)]
+        assert all(0 < step <= tile - overlap for step in steps)
+        assert not steps or max(steps) - min(steps) <= 2
+        assert len(starts) == (1 if side == length else -(-(length - tile) // (tile - overlap)) + 1)
+
+
+def test_a_long_strip_is_cut_where_the_model_has_no_positions():
+    settings = TileSettings(64, 8, 2, longest_side=384)
+    assert len(even_tiles(8, 384, settings)) == 1
+    assert len(even_tiles(8, 386, settings)) > 1
+
+
+@pytest.mark.parametrize(
+    ("tile", "overlap", "longest", "named"),
+    [(63, 8, None, "tile 63"), (0, 0, None, "tile 0"), (64, 64, None, "overlap 64"), (64, 7, None, "overlap 7"),
+     (64, -2, None, "overlap -2"), (256, 8, 128, "tile 256")],
+)  # fmt: skip
+def test_impossible_settings_are_named(tile, overlap, longest, named):
+    with pytest.raises(ValueError, match=named):
+        TileSettings(tile, overlap, 2, longest)

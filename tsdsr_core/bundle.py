@@ -1,0 +1,156 @@
+"""One safetensors file for a restorer: LoRAs or merged weights, prompt embeddings and JSON metadata.
+
+Layout, version 1.  The metadata entry ``tsdsr_bundle`` holds JSON: ``version``, ``kind``, ``defaults`` (options that
+suit the model), ``notes`` and, for merged weights, ``transformer_config`` and ``vae_config`` in diffusers' terms.
+Tensors: ``prompt_embeds``, ``pooled_prompt_embeds`` and, by kind,
+
+- ``lora``: ``transformer.<module>.lora_A.weight`` ... and ``vae.<module>.lora_A.weight`` ...; needs a base model;
+- ``merged``: ``transformer.<weight>`` and ``vae.<weight>`` in diffusers' layout; needs nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import atomic_path
+from .lora import Lora, parse_lora
+from .prompt import POOLED_KEY, TOKENS_KEY, PromptEmbeds
+
+VERSION = 1
+METADATA_KEY = "tsdsr_bundle"
+KINDS = ("lora", "merged")
+DEFAULTS = ("process_size", "wavelet_levels")
+"""Options a bundle may set, whole numbers."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle in memory."""
+
+    kind: str
+    prompt: PromptEmbeds
+    transformer: Mapping[str, Tensor]
+    """LoRA factors or weights by key, without the leading ``transformer.``."""
+    vae: Mapping[str, Tensor]
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """``transformer`` and ``vae`` configuration of merged weights."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Free text: source, licence, how it was made."""
+
+    def loras(self) -> tuple[Lora, Lora]:
+        """The transformer's and the VAE's LoRA of a ``lora`` bundle.
+
+        Raises:
+            ValueError: for a merged bundle.
+        """
+        if self.kind != "lora":
+            raise ValueError("this bundle holds merged weights, no LoRAs: give it as the model, without a LoRA")
+        return parse_lora(self.transformer), parse_lora(self.vae)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether ``path`` is a safetensors file with bundle metadata; never raises for a file of another kind."""
+    try:
+        return METADATA_KEY in _header(path)
+    except ValueError:
+        return False
+
+
+def write_bundle(path: Path, bundle: Bundle) -> None:
+    """Write ``bundle`` to ``path``, all or nothing."""
+    description = {"version": VERSION, "kind": bundle.kind, "defaults": dict(bundle.defaults), "notes": dict(bundle.notes)}
+    description.update({f"{part}_config": dict(config) for part, config in bundle.configs.items()})
+    tensors = {TOKENS_KEY: bundle.prompt.tokens, POOLED_KEY: bundle.prompt.pooled}
+    tensors.update({f"transformer.{key}": tensor for key, tensor in bundle.transformer.items()})
+    tensors.update({f"vae.{key}": tensor for key, tensor in bundle.vae.items()})
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(contiguous, temporary, {METADATA_KEY: json.dumps(description, sort_keys=True)})
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Read a bundle onto the CPU; nothing in the file is executed.
+
+    Raises:
+        ValueError: for a missing, damaged, truncated or foreign file or one of a newer version, naming it.
+    """
+    description = read_description(path)
+    groups: dict[str, dict[str, Tensor]] = {"transformer": {}, "vae": {}}
+    single: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                part, _, rest = key.partition(".")
+                (groups[part] if part in groups and rest else single)[rest or key] = file.get_tensor(key)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if set(single) != {TOKENS_KEY, POOLED_KEY} or not all(groups.values()):
+        raise ValueError(f"{path} lacks the prompt embeddings, the transformer or the VAE, or has more: it is damaged")
+    try:
+        prompt = PromptEmbeds(single[TOKENS_KEY], single[POOLED_KEY])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    configs = {part: description[f"{part}_config"] for part in groups} if description["kind"] == "merged" else {}
+    return Bundle(
+        description["kind"],
+        prompt,
+        groups["transformer"],
+        groups["vae"],
+        configs,
+        description["defaults"],
+        description["notes"],
+    )
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The checked JSON metadata of a bundle, without reading its tensors.
+
+    Raises:
+        ValueError: as ``read_bundle``.
+    """
+    header = _header(path)
+    if METADATA_KEY not in header:
+        raise ValueError(f"{path} is not a TSD-SR bundle (no {METADATA_KEY!r} metadata): make one with tsdsr bundle")
+    try:
+        description = json.loads(header[METADATA_KEY])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has damaged bundle metadata: {error}") from error
+    version = description.get("version") if isinstance(description, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"{path} has damaged bundle metadata: no version")
+    if version > VERSION:
+        raise ValueError(f"{path} is a bundle of version {version}, this program reads up to {VERSION}: update it")
+    _check_description(path, description)
+    return description
+
+
+def _check_description(path: Path, description: dict[str, Any]) -> None:
+    kind = description.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"{path} is a bundle of kind {kind!r}: expected one of {', '.join(KINDS)}")
+    needed = ["defaults", "notes"] + (["transformer_config", "vae_config"] if kind == "merged" else [])
+    for name in needed:
+        if not isinstance(description.get(name), dict):
+            raise ValueError(f"{path} has damaged bundle metadata: {name} is missing")
+    for name, value in description["defaults"].items():
+        if name not in DEFAULTS or type(value) is not int or value < 0:
+            raise ValueError(f"{path} has damaged bundle metadata: default {name} = {value!r}")
+
+
+def _header(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise ValueError(f"no file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged, truncated or not a safetensors file: {error}") from error

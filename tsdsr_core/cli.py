@@ -1,0 +1,47 @@
+"""The command ``tsdsr``: its subcommands and what their outcome means to a shell.
+
+Exit codes: 0 done, 1 some input failed, 2 the command cannot be carried out as given, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+
+from . import __version__
+
+COMMANDS = {
+    "upscale": "restore and enlarge pictures",
+    "bundle": "make a bundle: one file with LoRAs and embeddings, or a whole merged model",
+    "info": "say what a LoRA, bundle, embedding or model folder is, and whether it fits",
+    "eval": "compare a folder of results, or of inputs, with references",
+}
+_MODULES = {"eval": "evaluate"}
+"""Modules in ``commands`` whose name is not the command's."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="tsdsr", description="One-step restoration and enlargement of photographs.")
+    parser.add_argument("--version", action="version", version=f"tsdsr {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        if name in arguments[:1]:  # a command's module loads torch and diffusers: seconds that --help need not wait
+            command = importlib.import_module(f".commands.{_MODULES.get(name, name)}", __package__)
+            sub.description = command.__doc__
+            command.add_arguments(sub)
+            sub.set_defaults(run=command.run)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    try:
+        return options.run(options)
+    except ValueError as error:
+        print(f"tsdsr {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,1 @@
+"""One module per subcommand of ``tsdsr``: ``add_arguments(parser)`` and ``run(options) -> exit code``."""

@@ -1,0 +1,64 @@
+"""make a bundle: one file with LoRAs and embeddings, or a whole merged model"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ..bundle import Bundle, write_bundle
+from ..device import DTYPES
+from ..diffusers_models import merged_bundle
+from .model_options import add_source_arguments, load_model, load_official
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tsdsr bundle``."""
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("--merge", action="store_true", help="put the whole model with merged LoRAs in; needs --model")
+    add_source_arguments(parser, default_model="")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="number type of the stored tensors")
+    parser.add_argument("--note", action="append", default=[], metavar="KEY=TEXT", help="text to store, such as license=...")
+    parser.add_argument("--existing", choices=("error", "overwrite"), default="error", help="where OUT exists")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run ``tsdsr bundle``; returns the exit code."""
+    if options.output.suffix != ".safetensors":
+        raise ValueError(f"-o {options.output}: a bundle is a .safetensors file")
+    if options.output.exists() and options.existing == "error":
+        raise ValueError(f"{options.output} exists already: add --existing overwrite")
+    dtype = DTYPES[options.dtype]
+    notes = _notes(options.note)
+    bundle = _merged(options, dtype, notes) if options.merge else _loras(options, dtype, notes)
+    write_bundle(options.output, bundle)
+    print(f"{options.output}  {bundle.kind} bundle, {options.output.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _merged(options: argparse.Namespace, dtype: torch.dtype, notes: dict[str, str]) -> Bundle:
+    if not options.model:
+        raise ValueError("--merge needs --model: the SD3 folder to merge the LoRAs into")
+    model = load_model(options, torch.device("cpu"), torch.float32)
+    return merged_bundle(model, dtype, notes)
+
+
+def _loras(options: argparse.Namespace, dtype: torch.dtype, notes: dict[str, str]) -> Bundle:
+    if options.model or options.lora_dir is None:
+        raise ValueError("expected --lora-dir, or --model with --merge for a self-contained bundle")
+    if options.lora_strength != 1 or options.vae_lora_strength != 1:
+        raise ValueError("LoRA strengths are chosen when the LoRAs are used, or with --merge")
+    loras, prompt = load_official(options.lora_dir, options.embedding_dir)
+    tensors = [{key: t.to(dtype) for key, t in lora.state_dict().items()} for lora in loras]
+    return Bundle("lora", prompt.to("cpu", dtype), tensors[0], tensors[1], notes=notes)
+
+
+def _notes(entries: list[str]) -> dict[str, str]:
+    notes = {}
+    for entry in entries:
+        key, separator, text = entry.partition("=")
+        if not separator or not key:
+            raise ValueError(f"--note {entry!r}: expected KEY=TEXT")
+        notes[key] = text
+    return notes

@@ -1,0 +1,126 @@
+"""say what a LoRA, bundle, embedding or model folder is, and whether it fits SD3 medium"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..bundle import is_bundle, read_bundle
+from ..diffusers_models import folder_shapes, load_bundle
+from ..lora import TRANSFORMER_FILE, VAE_FILE, Lora, check_fit, load_lora
+from ..prompt import POOLED_FILE, POOLED_KEY, TOKENS_FILE, TOKENS_KEY, PromptEmbeds, load_prompt
+from ..sd3 import POOLED_SHAPE, TOKENS_SHAPE, model_shapes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tsdsr info``."""
+    parser.add_argument("file", type=Path, metavar="FILE", help="file or folder to look at")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="SD3 folder to check a LoRA against, not SD3 medium")
+    parser.add_argument("--json", action="store_true", help="report as one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run ``tsdsr info``; the exit code is 1 where the file does not fit."""
+    facts = describe(options.file, options.model)
+    if options.json:
+        print(json.dumps(facts))
+    else:
+        for name, value in facts.items():
+            print(f"{name:12} {value}")
+    return int(facts.get("fits") is False)
+
+
+def describe(path: Path, model: Path | None) -> dict[str, Any]:
+    """What ``path`` is, as an ordered mapping for people and JSON.
+
+    Raises:
+        ValueError: for a missing, damaged or unknown file.
+    """
+    if path.is_dir():
+        return _folder(path, model)
+    if is_bundle(path):
+        return _bundle(path, model)
+    if path.name in (TOKENS_FILE, POOLED_FILE):
+        return _prompt(load_prompt(path.parent))
+    if path.is_file() and _is_prompt(path):
+        return _prompt(load_prompt(path))
+    return _loras([load_lora(path)], model)
+
+
+def _folder(path: Path, model: Path | None) -> dict[str, Any]:
+    parts = [part for part in ("transformer", "vae") if (path / part / "config.json").is_file()]
+    if parts:
+        return _model_folder(path, parts)
+    loras = [load_lora(path / name) for name in (TRANSFORMER_FILE, VAE_FILE) if (path / name).is_file()]
+    facts = _loras(loras, model) if loras else {}
+    if (path / TOKENS_FILE).is_file():
+        prompt = _prompt(load_prompt(path))
+        if not loras:
+            return prompt
+        facts["embeddings"] = prompt["tokens"]
+        facts["fits"] = facts["fits"] and prompt["fits"]
+    if not facts:
+        raise ValueError(
+            f"{path} is no folder this program knows: expected transformer/ and vae/ (SD3 in diffusers' layout), "
+            f"{TRANSFORMER_FILE} and {VAE_FILE} (LoRAs), or {TOKENS_FILE} and {POOLED_FILE} (embeddings)"
+        )
+    return facts
+
+
+def _model_folder(path: Path, parts: list[str]) -> dict[str, Any]:
+    facts: dict[str, Any] = {"kind": "model folder in diffusers' layout", "parts": ", ".join(parts)}
+    shapes = {part: folder_shapes(path, part) for part in parts}
+    for part in parts:
+        facts[part] = f"{len(shapes[part])} weight matrices"
+    facts["fits"] = len(parts) == 2 and all(shapes[part] == model_shapes(part) for part in parts)
+    facts["checked"] = "same shapes as SD3 medium"
+    return facts
+
+
+def _loras(loras: list[Lora], model: Path | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {"kind": "LoRA for the " + " and the ".join(lora.target for lora in loras)}
+    facts["fits"] = True
+    facts["checked"] = f"against {model or 'SD3 medium'}"
+    for lora in loras:
+        ranks = sorted({pair.rank for pair in lora.pairs.values()})
+        facts[lora.target] = f"{len(lora.pairs)} modules of rank {', '.join(map(str, ranks))}"
+        try:
+            check_fit(lora, folder_shapes(model, lora.target) if model else model_shapes(lora.target))
+        except ValueError as error:
+            facts["fits"] = False
+            facts[f"{lora.target} misfit"] = str(error)
+    return facts
+
+
+def _bundle(path: Path, model: Path | None) -> dict[str, Any]:
+    bundle = read_bundle(path)
+    count = sum(tensor.numel() for tensor in (*bundle.transformer.values(), *bundle.vae.values()))
+    facts: dict[str, Any] = {"kind": f"{bundle.kind} bundle"}
+    if bundle.kind == "lora":
+        facts |= {name: value for name, value in _loras(list(bundle.loras()), model).items() if name != "kind"}
+    else:
+        load_bundle(bundle, torch.device("cpu"), torch.float32)  # raises where weights and configuration disagree
+        facts["fits"] = True
+        facts["checked"] = "weights against the stored configuration"
+    facts |= {"parameters": count, "size": f"{path.stat().st_size / 1e6:.1f} MB"}
+    facts |= {"tokens": tuple(bundle.prompt.tokens.shape), "pooled": tuple(bundle.prompt.pooled.shape)}
+    return facts | dict(bundle.defaults) | dict(bundle.notes)
+
+
+def _prompt(prompt: PromptEmbeds) -> dict[str, Any]:
+    tokens, pooled = tuple(prompt.tokens.shape), tuple(prompt.pooled.shape)
+    fits = tokens[2] == TOKENS_SHAPE[2] and pooled == POOLED_SHAPE
+    return {"kind": "prompt embeddings", "tokens": tokens, "pooled": pooled, "fits": fits, "checked": "against SD3 medium"}
+
+
+def _is_prompt(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys()) == {TOKENS_KEY, POOLED_KEY}
+    except SafetensorError:
+        return False

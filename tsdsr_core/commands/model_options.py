@@ -1,0 +1,79 @@
+"""The options that choose a model, shared by the subcommands that need one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from ..bundle import is_bundle, read_bundle
+from ..device import DEVICES, DTYPES
+from ..diffusers_models import DiffusersModel, load_builtin, load_bundle, load_folder
+from ..lora import TRANSFORMER_FILE, VAE_FILE, Lora, load_lora
+from ..prompt import TOKENS_FILE, PromptEmbeds, load_prompt
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, default_model: str | None) -> None:
+    """``--model`` and the official folders."""
+    parser.add_argument(
+        "--model",
+        default=default_model,
+        required=default_model is None,
+        metavar="builtin|BUNDLE|FOLDER",
+        help="the built-in model, a bundle (.safetensors) or an SD3 folder in diffusers' layout",
+    )
+    parser.add_argument(
+        "--lora-dir", type=Path, metavar="DIR", help=f"folder with {TRANSFORMER_FILE} and {VAE_FILE}, or a LoRA bundle"
+    )
+    parser.add_argument(
+        "--embedding-dir", type=Path, metavar="DIR", help="folder with prompt_embeds.pt and pool_embeds.pt, or a file"
+    )
+    parser.add_argument("--lora-strength", type=float, default=1.0, help="strength of the transformer's LoRA")
+    parser.add_argument("--vae-lora-strength", type=float, default=1.0, help="strength of the VAE encoder's LoRA")
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--dtype`` and ``--device``."""
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="number type of the model")
+    parser.add_argument("--device", default="auto", metavar="|".join(DEVICES), help="where to run; cuda:1 works too")
+
+
+def load_model(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> DiffusersModel:
+    """The model that the options name.
+
+    Raises:
+        ValueError: where it is missing, damaged or does not fit, saying which option to change.
+    """
+    path = Path(options.model)
+    if options.model == "builtin" or path.is_file():
+        if options.lora_dir or options.embedding_dir:
+            raise ValueError(f"--lora-dir and --embedding-dir go with an SD3 folder, not with --model {options.model}")
+        return load_builtin(device, dtype) if options.model == "builtin" else load_bundle(read_bundle(path), device, dtype)
+    if not path.is_dir():
+        raise ValueError(f"--model {options.model}: expected builtin, a bundle file or an SD3 folder; there is none")
+    if options.lora_dir is None:
+        raise ValueError("--model with an SD3 folder needs --lora-dir: the base model alone does not restore")
+    loras, prompt = load_official(options.lora_dir, options.embedding_dir)
+    return load_folder(path, loras, prompt, device, dtype, options.lora_strength, options.vae_lora_strength)
+
+
+def load_official(lora_dir: Path, embedding_dir: Path | None) -> tuple[tuple[Lora, Lora], PromptEmbeds]:
+    """The two LoRAs and the embeddings from the official folders, or from a LoRA bundle.
+
+    Raises:
+        ValueError: as ``load_model``.
+    """
+    if lora_dir.is_file():
+        if not is_bundle(lora_dir):
+            raise ValueError(f"--lora-dir {lora_dir}: expected the folder with {TRANSFORMER_FILE} and {VAE_FILE}, or a bundle")
+        bundle = read_bundle(lora_dir)
+        return bundle.loras(), bundle.prompt if embedding_dir is None else load_prompt(embedding_dir)
+    if not lora_dir.is_dir():
+        raise ValueError(f"--lora-dir {lora_dir}: there is no such folder")
+    if embedding_dir is None:
+        if not (lora_dir / TOKENS_FILE).is_file():
+            raise ValueError(f"--embedding-dir is needed: {lora_dir} has no {TOKENS_FILE}")
+        embedding_dir = lora_dir
+    loras = load_lora(lora_dir / TRANSFORMER_FILE, "transformer"), load_lora(lora_dir / VAE_FILE, "vae")
+    return loras, load_prompt(embedding_dir)

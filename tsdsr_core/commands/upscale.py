@@ -1,0 +1,144 @@
+"""restore and enlarge pictures
+
+Under ``accelerate launch`` the processes share the pictures out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..colour import METHODS
+from ..device import choose_device, choose_dtype
+from ..diffusers_models import DiffusersModel
+from ..image_io import Picture, output_format, read_picture, write_picture
+from ..jobs import Job, collect, plan_jobs
+from ..memory import is_out_of_memory
+from ..restore import RECIPES, Options, bicubic, restore, tile_settings
+from ..tile_plan import OVERLAP, TILE
+from .model_options import add_device_arguments, add_source_arguments, load_model
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one picture."""
+
+    input: str
+    output: str
+    status: str
+    """ "done", "skipped" or "failed"."""
+    size: tuple[int, int] | None = None
+    """(width, height) of the result in pixels."""
+    seconds: float | None = None
+    error: str | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tsdsr upscale``."""
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="pictures, folders or quoted globs")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="file for one input, else folder")
+    add_source_arguments(parser, default_model="builtin")
+    parser.add_argument("--scale", type=float, default=Options.scale, help="enlargement, 1 to 16, fractions allowed")
+    parser.add_argument("--color", choices=METHODS, default=Options.colour_fix, help="colour fix")
+    parser.add_argument("--strength", type=float, default=Options.strength, help="of the step: 0 keeps the picture")
+    parser.add_argument("--recipe", choices=RECIPES, default=Options.recipe, help="official: pixels as published")
+    parser.add_argument("--tile", type=int, default=TILE, help="tile side in latent cells")
+    parser.add_argument("--tile-overlap", type=int, default=OVERLAP, help="least overlap of tiles in latent cells")
+    parser.add_argument("--tile-batch", type=_tile_batch, default="auto", help="tiles at once, a number or auto")
+    parser.add_argument("--posterior", choices=("mode", "sample"), default="mode", help="of the VAE encoder")
+    parser.add_argument("--seed", type=int, default=0, help="of --posterior sample, for each picture anew")
+    add_device_arguments(parser)
+    parser.add_argument("--existing", choices=("error", "skip", "overwrite"), default="error", help="for results there are")
+    parser.add_argument("--json", action="store_true", help="report as one JSON object on standard output")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run ``tsdsr upscale``; returns the exit code."""
+    chosen = Options(
+        scale=options.scale, colour_fix=options.color, strength=options.strength, recipe=options.recipe,
+        tile=options.tile, tile_overlap=options.tile_overlap, tile_batch=options.tile_batch,
+    )  # fmt: skip
+    jobs = plan_jobs(collect(options.inputs), options.output, options.existing)
+    shared = PartialState(cpu=options.device == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    device: torch.device = shared.device if shared else choose_device(options.device)  # type: ignore[assignment]
+    model = load_model(options, device, choose_dtype(options.dtype, device))
+    chosen = replace(chosen, **model.defaults)
+    tile_settings(model.restorer(), chosen)  # settings that do not suit the model end here, not once per picture
+    if shared is None:
+        outcomes = _run_jobs(jobs, model, chosen, options)
+    else:
+        with shared.split_between_processes(jobs) as mine:
+            outcomes = _run_jobs(mine, model, chosen, options)  # type: ignore[arg-type]
+        outcomes = gather_object(outcomes)
+    if shared is None or shared.is_main_process:
+        _report(outcomes, options.json)
+    return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+def _run_jobs(jobs: list[Job], model: DiffusersModel, chosen: Options, options: argparse.Namespace) -> list[Outcome]:
+    outcomes = []
+    with logging_redirect_tqdm():
+        for job in tqdm(jobs, unit="picture", disable=None if len(jobs) > 1 else True):
+            names = str(job.input), str(job.output)
+            if job.skip:
+                outcomes.append(Outcome(*names, "skipped"))
+                continue
+            start = time.perf_counter()
+            try:
+                size = _upscale_file(job, model, chosen, options)
+            except (ValueError, OSError, FloatingPointError) as error:
+                outcomes.append(Outcome(*names, "failed", error=str(error)))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                advice = "try a smaller --scale or --tile, --dtype fp16, or another --device"
+                outcomes.append(Outcome(*names, "failed", error=f"{job.input}: out of memory; {advice} ({error})"))
+            else:
+                outcomes.append(Outcome(*names, "done", size, round(time.perf_counter() - start, 2)))
+    return outcomes
+
+
+def _upscale_file(job: Job, model: DiffusersModel, chosen: Options, options: argparse.Namespace) -> tuple[int, int]:
+    """Restore one file; returns (width, height) of the result."""
+    picture = read_picture(job.input)
+    output_format(job.output, picture.alpha is not None)  # refused before the work, not after
+    with tqdm(leave=False, disable=None, unit="tile") as bar:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.set_description(stage)
+
+        with torch.inference_mode():
+            rgb = restore(picture.rgb.to(model.device), model.restorer(options.posterior, options.seed), chosen, progress)
+    height, width = rgb.shape[2:]
+    alpha = None if picture.alpha is None else bicubic(picture.alpha, (height, width))
+    result = Picture(rgb.cpu(), alpha, picture.grey, picture.deep, picture.icc, picture.exif)
+    write_picture(job.output, result)
+    return width, height
+
+
+def _report(outcomes: list[Outcome], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"files": [asdict(outcome) for outcome in outcomes]}))
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            print(f"failed: {outcome.error}", file=sys.stderr)
+        elif not as_json and outcome.size:
+            print(f"{outcome.output}  {outcome.size[0]}x{outcome.size[1]}  {outcome.seconds} s")
+        elif not as_json:
+            print(f"{outcome.output}  skipped, it exists")
+
+
+def _tile_batch(text: str) -> int | None:
+    return None if text == "auto" else int(text)

@@ -1,0 +1,55 @@
+"""Choosing a device and a number type."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called ``name`` ("cuda:1" works too); "auto" takes the first accelerator there is.
+
+    Raises:
+        ValueError: for an unknown or absent device.
+    """
+    if name == "auto":
+        name = next((kind for kind in ("cuda", "xpu", "mps") if _available(kind)), "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}: expected one of {', '.join(DEVICES)}") from error
+    if device.type not in DEVICES or (device.type != "cpu" and not _available(device.type)):
+        raise ValueError(f"device {name!r} is not available here: use auto or cpu")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type called ``name``; "auto" is fp16 on accelerators, as published, and fp32 on the CPU.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if name not in DTYPES:
+        raise ValueError(f"unknown type {name!r}: expected auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a new allocation on an accelerator may use, or None on the CPU."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "xpu":
+        free, _ = torch.xpu.mem_get_info(device)
+        return free
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return None
+
+
+def _available(kind: str) -> bool:
+    return {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}[kind].is_available()

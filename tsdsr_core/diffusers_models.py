@@ -1,0 +1,240 @@
+"""An SD3 folder in diffusers' layout, or a bundle, as the callables of ``restore.Model``."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch import Tensor, nn
+
+from . import lora as lora_module
+from .bundle import Bundle, read_bundle
+from .device import free_memory
+from .flow import TIMESTEP
+from .lora import Lora
+from .memory import tile_batch, tile_bytes
+from .prompt import PromptEmbeds
+from .restore import Model
+
+log = logging.getLogger("tsdsr")
+
+BUILTIN = Path(__file__).parent / "assets" / "builtin.safetensors"
+_CLASSES = {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}
+_CPU_BATCH = 4
+"""Tiles at once on a CPU: enough to fill the cores, no gain beyond."""
+
+
+@dataclass(repr=False)
+class DiffusersModel:
+    """A loaded restorer: transformer, autoencoder and prompt on one device."""
+
+    transformer: Any
+    """``SD3Transformer2DModel``; diffusers' annotations are narrower than what its models take."""
+    vae: Any
+    """``AutoencoderKL``."""
+    prompt: PromptEmbeds
+    device: torch.device
+    dtype: torch.dtype
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Options that suit this model: ``process_size``, ``wavelet_levels``."""
+
+    def __post_init__(self) -> None:
+        self._check_prompt()
+        _skip_idle_attention(self.vae)
+        _move(self.transformer.requires_grad_(False).eval(), self.device, self.dtype)
+        _move(self.vae.requires_grad_(False).eval(), self.device, self.vae_dtype)
+        self.prompt = self.prompt.to(self.device, self.dtype)
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """bf16 keeps too few digits for the encoder LoRA's small change of the weights, so the VAE then runs in fp32."""
+        return torch.float32 if self.dtype == torch.bfloat16 else self.dtype
+
+    def restorer(self, posterior: str = "mode", seed: int = 0) -> Model:
+        """The callables, with the encoder's posterior taken at its ``"mode"`` or as a seeded ``"sample"``."""
+        if posterior not in ("mode", "sample"):
+            raise ValueError(f"unknown posterior {posterior!r}: expected mode or sample")
+        generator = torch.Generator().manual_seed(seed) if posterior == "sample" else None
+        config = self.transformer.config
+        patch = config["patch_size"]
+        return Model(
+            encode=lambda pixels: self.encode(pixels, generator),
+            velocity=self.velocity,
+            decode=self.decode,
+            scaling_factor=self.vae.config["scaling_factor"],
+            vae_factor=2 ** (len(self.vae.config["block_out_channels"]) - 1),
+            patch=patch,
+            longest_side=(config["pos_embed_max_size"] or config["sample_size"] // patch) * patch,
+            tile_batch=self._tile_batch,
+        )
+
+    def _tile_batch(self, tile_height: int, tile_width: int) -> int:
+        free = free_memory(self.device)
+        if free is None:
+            return _CPU_BATCH
+        patch, context = self.transformer.config["patch_size"], self.prompt.tokens.shape[1]
+        width, itemsize = self.transformer.inner_dim, self.dtype.itemsize
+        return tile_batch(free, tile_bytes(tile_height, tile_width, patch, context, width, itemsize))
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+        """``E(x)``: pixels in -1..1 to unscaled latents, the mode or, with a generator, a sample."""
+
+        def run(x: Tensor) -> Tensor:
+            posterior = self.vae.encode(x).latent_dist
+            if generator is None:
+                return posterior.mode()
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            return posterior.mean + posterior.std * noise.to(posterior.mean)
+
+        return self._guarded(run, pixels, "encoder")
+
+    @torch.inference_mode()
+    def velocity(self, z: Tensor) -> Tensor:
+        """``v(z, t = 1000)`` under the fixed prompt."""
+        count = len(z)
+        output = self.transformer(
+            hidden_states=z.to(self.dtype),
+            timestep=torch.full((count,), TIMESTEP, device=z.device, dtype=self.dtype),
+            encoder_hidden_states=self.prompt.tokens.expand(count, -1, -1),
+            pooled_projections=self.prompt.pooled.expand(count, -1),
+            return_dict=False,
+        )[0]
+        return output.to(z.dtype)
+
+    @torch.inference_mode()
+    def decode(self, z: Tensor) -> Tensor:
+        """``D(z)``: unscaled latents to pixels in about -1..1."""
+        return self._guarded(lambda x: self.vae.decode(x, return_dict=False)[0], z, "decoder")
+
+    def _guarded(self, run: Callable[[Tensor], Tensor], x: Tensor, part: str) -> Tensor:
+        """Run a half of the VAE; where fp16 overflows, once more in fp32."""
+        result = run(x.to(self.vae_dtype))
+        if self.vae_dtype != torch.float32 and not torch.isfinite(result).all():
+            log.warning("the VAE %s overflowed in %s; running it again in fp32", part, self.vae_dtype)
+            _move(self.vae, self.device, torch.float32)
+            try:
+                result = run(x.float())
+            finally:
+                _move(self.vae, self.device, self.vae_dtype)
+        return result.to(x.dtype)
+
+    def _check_prompt(self) -> None:
+        config = self.transformer.config
+        found = self.prompt.tokens.shape[2], self.prompt.pooled.shape[1]
+        expected = config["joint_attention_dim"], config["pooled_projection_dim"]
+        if found != expected:
+            raise ValueError(
+                f"prompt embeddings of widths {found} do not fit this transformer, which takes {expected}: "
+                "use the embeddings that belong to the model"
+            )
+
+
+def load_folder(
+    path: Path, loras: tuple[Lora, Lora] | None, prompt: PromptEmbeds, device: torch.device, dtype: torch.dtype,
+    strength: float = 1.0, vae_strength: float = 1.0,
+) -> DiffusersModel:  # fmt: skip
+    """Load an SD3 folder (``transformer/`` and ``vae/``, diffusers' layout) and merge the LoRAs.
+
+    Args:
+        loras: for the transformer and the VAE, or None to run the base model alone.
+        strength, vae_strength: of the two LoRAs.
+
+    Raises:
+        ValueError: where a part is missing, damaged or of another model family, or a LoRA does not fit.
+    """
+    transformer = _load_part(path, "transformer", dtype)
+    vae = _load_part(path, "vae", torch.float32)  # merged before it is rounded
+    if loras is not None:
+        for model, lora in zip((transformer, vae), loras, strict=True):
+            lora_module.check_fit(lora, lora_module.weight_shapes(model))
+        lora_module.merge(transformer, loras[0], strength)
+        lora_module.merge(vae, loras[1], vae_strength)
+    return DiffusersModel(transformer, vae, prompt, device, dtype)
+
+
+def load_bundle(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> DiffusersModel:
+    """Build the model of a merged bundle.
+
+    Raises:
+        ValueError: for a LoRA bundle, or weights that do not match the stored configuration.
+    """
+    if bundle.kind != "merged":
+        raise ValueError("this bundle holds only LoRAs: give an SD3 folder as the model and the bundle as the LoRA")
+    transformer = _from_weights("transformer", bundle.configs["transformer"], bundle.transformer)
+    vae = _from_weights("vae", bundle.configs["vae"], bundle.vae)
+    return DiffusersModel(transformer, vae, bundle.prompt, device, dtype, bundle.defaults)
+
+
+def load_builtin(device: torch.device, dtype: torch.dtype) -> DiffusersModel:
+    """The small model that ships with the package."""
+    return load_bundle(read_bundle(BUILTIN), device, dtype)
+
+
+def merged_bundle(model: DiffusersModel, dtype: torch.dtype, notes: Mapping[str, str]) -> Bundle:
+    """A self-contained bundle of ``model`` with weights in ``dtype``."""
+    parts = {"transformer": model.transformer, "vae": model.vae}
+    weights = {name: {k: v.to(dtype) for k, v in part.state_dict().items()} for name, part in parts.items()}
+    configs = {name: public_config(part.config) for name, part in parts.items()}
+    return Bundle(
+        "merged", model.prompt.to("cpu", dtype), weights["transformer"], weights["vae"], configs, model.defaults, notes
+    )
+
+
+def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A diffusers configuration without its private entries."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def folder_shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
+    """Weight shapes that the configuration of an SD3 folder's "transformer" or "vae" implies; no weight is read."""
+    config = _read_config(path, part)
+    with torch.device("meta"):
+        return lora_module.weight_shapes(_CLASSES[part].from_config(config))
+
+
+def _load_part(path: Path, part: str, dtype: torch.dtype) -> Any:
+    _read_config(path, part)
+    try:
+        return _CLASSES[part].from_pretrained(path / part, torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path / part} cannot be loaded: {error}") from error
+
+
+def _read_config(path: Path, part: str) -> dict[str, Any]:
+    file, expected = path / part / "config.json", _CLASSES[part].__name__
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not an SD3 folder in diffusers' layout: {file}: {error}") from error
+    if config.get("_class_name") != expected:
+        raise ValueError(f"{file} is for a {config.get('_class_name')}: expected {expected}, as in SD3 medium")
+    return config
+
+
+def _from_weights(part: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
+    try:
+        with torch.device("meta"):
+            model = _CLASSES[part].from_config(dict(config))
+        model.load_state_dict(weights, strict=True, assign=True)
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        raise ValueError(f"the bundle's {part} does not match its configuration: {error}") from error
+    return model
+
+
+def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    nn.Module.to(model, device, dtype)  # diffusers' own .to() warns of every cast
+
+
+def _skip_idle_attention(vae: Any) -> None:
+    """Skip mid-block attention whose output projection is zero: it adds nothing and costs the square of the pixels."""
+    for block in (vae.encoder.mid_block, vae.decoder.mid_block):
+        for attention in block.attentions:
+            if attention is not None and not any(p.any() for p in attention.to_out.parameters()):
+                attention.forward = lambda hidden_states, temb=None: hidden_states

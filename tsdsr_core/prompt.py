@@ -1,0 +1,74 @@
+"""Prompt embeddings: the fixed text condition of the one-step model."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+TOKENS_FILE, POOLED_FILE = "prompt_embeds.pt", "pool_embeds.pt"
+TOKENS_KEY, POOLED_KEY = "prompt_embeds", "pooled_prompt_embeds"
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """SD3's text condition."""
+
+    tokens: Tensor
+    """``(1, tokens, width)``; 333 x 4096 in SD3 (77 CLIP and 256 T5 tokens)."""
+    pooled: Tensor
+    """``(1, width)``; 2048 in SD3."""
+
+    def __post_init__(self) -> None:
+        shapes = f"tokens {tuple(self.tokens.shape)} and pooled {tuple(self.pooled.shape)}"
+        if self.tokens.ndim != 3 or self.pooled.ndim != 2 or len(self.tokens) != 1 or len(self.pooled) != 1:
+            raise ValueError(f"prompt embeddings of {shapes}: expected (1, tokens, width) and (1, width)")
+        if not (torch.isfinite(self.tokens).all() and torch.isfinite(self.pooled).all()):
+            raise ValueError(f"prompt embeddings of {shapes} have NaN or infinite values: the file is damaged")
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> PromptEmbeds:
+        """The same embeddings elsewhere."""
+        return PromptEmbeds(self.tokens.to(device, dtype), self.pooled.to(device, dtype))
+
+
+def load_prompt(path: Path) -> PromptEmbeds:
+    """Read the official folder (``prompt_embeds.pt`` and ``pool_embeds.pt``) or one safetensors file.
+
+    A safetensors file has the keys ``prompt_embeds`` and ``pooled_prompt_embeds``.  The ``.pt`` files are read without
+    executing anything (``weights_only``).
+
+    Raises:
+        ValueError: for a missing, damaged or foreign file, naming it.
+    """
+    if path.is_dir():
+        return PromptEmbeds(_batched(_load_tensor(path / TOKENS_FILE), 3), _batched(_load_tensor(path / POOLED_FILE), 2))
+    if not path.is_file():
+        raise ValueError(f"no prompt embeddings at {path}: expected a folder with {TOKENS_FILE} and {POOLED_FILE}")
+    try:
+        values = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    if set(values) != {TOKENS_KEY, POOLED_KEY}:
+        raise ValueError(f"{path} has the keys {sorted(values)[:5]}: expected {TOKENS_KEY} and {POOLED_KEY}")
+    return PromptEmbeds(_batched(values[TOKENS_KEY], 3), _batched(values[POOLED_KEY], 2))
+
+
+def _load_tensor(path: Path) -> Tensor:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the official embeddings are {TOKENS_FILE} and {POOLED_FILE} in one folder")
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or holds more than a tensor: {error}") from error
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{path} holds a {type(value).__name__}: expected one tensor")
+    return value.detach()
+
+
+def _batched(value: Tensor, dimensions: int) -> Tensor:
+    return value[None] if value.ndim == dimensions - 1 else value

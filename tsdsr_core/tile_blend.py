@@ -1,0 +1,85 @@
+"""Windows over latent tiles and the weighted mean of what the transformer says of each tile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .memory import is_out_of_memory, log
+from .tile_plan import TilePlan
+
+VARIANCE = 0.01
+"""Variance of the Gaussian window, relative to the squared tile side."""
+
+Velocity = Callable[[Tensor], Tensor]
+Tick = Callable[[int, int], None]
+"""Called with (tiles done, tiles in all)."""
+
+
+def centred_window(tile_height: int, tile_width: int) -> Tensor:
+    """Gaussian window ``(tile_height, tile_width)``, symmetric about the middle of the tile, float32, above 0."""
+    return torch.outer(_gaussian(tile_height, (tile_height - 1) / 2), _gaussian(tile_width, (tile_width - 1) / 2)).float()
+
+
+def official_window(tile_height: int, tile_width: int) -> Tensor:
+    """The published window: its vertical middle lies half a cell too low."""
+    return torch.outer(_gaussian(tile_height, tile_height / 2), _gaussian(tile_width, (tile_width - 1) / 2)).float()
+
+
+def _gaussian(length: int, middle: float) -> Tensor:
+    offset = (torch.arange(length, dtype=torch.float64) - middle) / length
+    return torch.exp(-(offset**2) / (2 * VARIANCE)) / math.sqrt(2 * math.pi * VARIANCE)
+
+
+def tiled_velocity(velocity: Velocity, z: Tensor, plan: TilePlan, window: Tensor, batch: int, tick: Tick) -> Tensor:
+    """Velocity of a whole latent as the window-weighted mean over its tiles.
+
+    Tiles of all images run together in batches of ``batch``; when memory runs out the batch is halved and the run goes
+    on, down to one tile.
+
+    Args:
+        velocity: maps ``(N, C, tile_height, tile_width)`` to the same shape.
+        z: scaled latents ``(B, C, height, width)``.
+        window: ``(tile_height, tile_width)``, above 0.
+
+    Returns:
+        ``(B, C, height, width)`` in the dtype of ``z``; sums are kept in fp32.
+    """
+    jobs = [(image, top, left) for image in range(len(z)) for top, left in plan.positions]
+    if len(plan) == 1:
+        window = torch.ones_like(window)
+    window = window.to(z.device)
+    total = torch.zeros(z.shape, dtype=torch.float32, device=z.device)
+    weight = torch.zeros(z.shape[2:], dtype=torch.float32, device=z.device)
+    for top, left in plan.positions:
+        weight[top : top + plan.tile_height, left : left + plan.tile_width] += window
+    done = 0
+    for some, tiles in _run_batches(velocity, z, plan, jobs, batch):
+        for (image, top, left), tile in zip(some, tiles, strict=True):
+            total[image, :, top : top + plan.tile_height, left : left + plan.tile_width] += tile.float() * window
+        done += len(some)
+        tick(done, len(jobs))
+    return (total / weight).to(z.dtype)
+
+
+def _run_batches(
+    velocity: Velocity, z: Tensor, plan: TilePlan, jobs: list[tuple[int, int, int]], batch: int
+) -> Iterator[tuple[list[tuple[int, int, int]], Tensor]]:
+    """Yield (jobs, velocities) batch by batch, halving the batch when memory runs out."""
+    start = 0
+    while start < len(jobs):
+        some = jobs[start : start + batch]
+        tiles = torch.stack([z[i, :, y : y + plan.tile_height, x : x + plan.tile_width] for i, y, x in some])
+        try:
+            result = velocity(tiles)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(some) == 1:
+                raise
+            batch = len(some) // 2
+            log.warning("out of memory with %d tiles at once; going on with %d", len(some), batch)
+            continue
+        yield some, result
+        start += len(some)

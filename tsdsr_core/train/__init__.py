@@ -1,0 +1,1 @@
+"""Training of one-step restorers; inference never imports this package."""

@@ -1,0 +1,135 @@
+"""The small SD3-shaped model that ships with the package: its configuration and its starting weights.
+
+The starting weights make the autoencoder a linear resampler, so that training begins near bicubic enlargement instead
+of near noise.  What stands in the way is GroupNorm and SiLU on the main path, and both can be undone exactly enough:
+
+- a signal ``a`` runs as the channel pair ``(a, -a)``, since ``silu(a) - silu(-a) = a``;
+- with two channels per norm group, the pair ``(k + a, -k - a)`` has mean 0 and a standard deviation close to ``k``, so
+  ``weight k, bias -k`` returns ``a`` up to the mean of the image.  A second pair with ``-k`` cancels the first-order
+  change of contrast.  The mean itself comes back with the colour fix.
+
+All residual branches and the velocity start at zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch import Tensor, nn
+
+from ..prompt import PromptEmbeds
+
+OFFSET = 4.0
+"""``k`` above: large against the signal (-1..1), small enough for fp16."""
+_COPIES = ((0, 1.0), (1, -1.0))
+
+TRANSFORMER_CONFIG: dict[str, Any] = {
+    "sample_size": 64,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 2,
+    "attention_head_dim": 64,
+    "num_attention_heads": 2,
+    "caption_projection_dim": 128,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 64,
+    "pos_embed_max_size": 64,
+}
+VAE_CONFIG: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "block_out_channels": (64, 64, 64),
+    "layers_per_block": 0,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "mid_block_add_attention": True,
+}
+
+
+def build(seed: int) -> tuple[SD3Transformer2DModel, AutoencoderKL, PromptEmbeds]:
+    """Model, autoencoder and prompt embeddings at their starting weights, fp32 on the CPU."""
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(**TRANSFORMER_CONFIG)
+    vae = AutoencoderKL(**VAE_CONFIG)
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    with torch.no_grad():
+        _start_linear(vae)
+    tokens = torch.randn(1, 8, TRANSFORMER_CONFIG["joint_attention_dim"])
+    pooled = torch.randn(1, TRANSFORMER_CONFIG["pooled_projection_dim"])
+    return transformer, vae, PromptEmbeds(tokens, pooled)
+
+
+def _start_linear(vae: Any) -> None:
+    for half in (vae.encoder, vae.decoder):
+        for resnet in (m for m in half.modules() if hasattr(m, "conv2")):
+            nn.init.zeros_(resnet.conv2.weight)
+            nn.init.zeros_(resnet.conv2.bias)
+        attention = half.mid_block.attentions[0]
+        nn.init.zeros_(attention.to_out[0].weight)  # stays zero: a restorer of any size needs no global attention here
+        nn.init.zeros_(attention.to_out[0].bias)
+    encoder, decoder = vae.encoder, vae.decoder
+    colours = 3
+    _spread(encoder.conv_in, colours)
+    for block in encoder.down_blocks[:-1]:
+        _keep(block.downsamplers[0].conv, colours, torch.tensor([0.5, 0.5, 0.0]))
+    _open_norm(encoder.mid_block.resnets[-1].conv2, encoder.conv_norm_out, colours)
+    _gather(encoder.conv_out, colours)
+    encoder.conv_out.weight[16:] = 0  # log-variance: a posterior that hardly spreads
+    encoder.conv_out.bias[16:] = -10
+    _identity(vae.quant_conv)
+    _identity(vae.post_quant_conv)
+    _spread(decoder.conv_in, colours)
+    for block in decoder.up_blocks[:-1]:
+        _keep(block.upsamplers[0].conv, colours, torch.tensor([0.25, 0.5, 0.25]))
+    _open_norm(decoder.up_blocks[-1].resnets[-1].conv2, decoder.conv_norm_out, colours)
+    _gather(decoder.conv_out, colours)
+
+
+def _pairs(colours: int) -> list[tuple[int, int, int, float]]:
+    """``(colour, first channel, second channel, sign of k)`` for each pair that carries the picture."""
+    return [(c, 4 * c + 2 * copy, 4 * c + 2 * copy + 1, sign) for c in range(colours) for copy, sign in _COPIES]
+
+
+def _spread(conv: Any, colours: int) -> None:
+    for colour, first, second, _ in _pairs(colours):
+        for channel, sign in ((first, 1.0), (second, -1.0)):
+            conv.weight[channel] = 0
+            conv.weight[channel, colour, 1, 1] = sign
+            conv.bias[channel] = 0
+
+
+def _keep(conv: Any, colours: int, taps: Tensor) -> None:
+    kernel = torch.outer(taps, taps)
+    for _, first, second, _ in _pairs(colours):
+        for channel in (first, second):
+            conv.weight[channel] = 0
+            conv.weight[channel, channel] = kernel
+            conv.bias[channel] = 0
+
+
+def _open_norm(conv: Any, norm: Any, colours: int) -> None:
+    for _, first, second, sign in _pairs(colours):
+        conv.bias[first], conv.bias[second] = sign * OFFSET, -sign * OFFSET
+        norm.weight[first] = norm.weight[second] = OFFSET
+        norm.bias[first], norm.bias[second] = -sign * OFFSET, sign * OFFSET
+
+
+def _gather(conv: Any, colours: int) -> None:
+    conv.weight[:colours] = 0
+    conv.bias[:colours] = 0
+    for colour, first, second, _ in _pairs(colours):
+        conv.weight[colour, first, 1, 1] = 1 / len(_COPIES)
+        conv.weight[colour, second, 1, 1] = -1 / len(_COPIES)
+
+
+def _identity(conv: Any) -> None:
+    conv.weight.copy_(torch.eye(conv.weight.shape[0])[:, :, None, None])
+    nn.init.zeros_(conv.bias)

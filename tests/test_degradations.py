@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tsdsr_core.train import kernels
-from tsdsr_core.train.degradations import PRESETS, degrade, jpeg
+from tsdsr_core.train.degradations import PRESETS, degrade, jpeg, poisson
 
 from .tiny import photo
 
@@ -91,3 +91,24 @@ def test_jpeg_damages_more_at_lower_quality():
     image = photo(64, 64)[0]
     errors = [(jpeg(image, quality) - image).abs().mean().item() for quality in (95, 60, 20)]
     assert errors[0] < errors[1] < errors[2]
+
+
+def test_poisson_counts_have_their_distribution():
+    for levels, value in ((1, 255), (16, 3), (16, 128), (256, 1), (256, 255)):
+        mean = levels * value / 255
+        counts = poisson(torch.full((500, 400), value), levels, generator(levels + value))
+        assert counts.mean().item() == pytest.approx(mean, rel=0.02)
+        assert counts.var().item() == pytest.approx(mean, rel=0.02)
+        assert (counts == 0).float().mean().item() == pytest.approx(math.exp(-mean), abs=4e-3)
+    assert not poisson(torch.zeros(100, 100, dtype=torch.int64), 256, generator(0)).any()
+
+
+def test_a_pixel_has_no_part_in_the_noise_of_others():
+    values = torch.full((3, 20, 20), 77)
+    other = values.clone()
+    other[1, 4, 5] = 78
+    one, two = generator(0), generator(0)
+    changed = poisson(values, 256, one) != poisson(other, 256, two)
+    changed[1, 4, 5] = False
+    assert not changed.any()
+    assert torch.equal(one.get_state(), two.get_state())

@@ -1,7 +1,7 @@
 """Second-order degradation of Real-ESRGAN (Wang et al. 2021, sec. 3): HR image -> LR image.
 
-Everything random comes from the generator handed in, so a seed gives the same picture on every machine of one torch
-version.  Images are float tensors ``(3, H, W)`` in 0..1 on the CPU.
+Everything random comes from the generator handed in, and how much is drawn never hangs on pixel values, so a seed gives
+the same picture, up to rounding, on every machine.  Images are float tensors ``(3, H, W)`` in 0..1 on the CPU.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -162,10 +163,34 @@ def _noise(image: Tensor, stage: Stage, generator: Generator) -> Tensor:
         sigma = _uniform(stage.noise_sigma, generator) / 255
         noise = sigma * torch.randn(1 if grey else 3, *image.shape[1:], generator=generator)
         return (image + noise).clamp(0, 1)
-    source = ((image.mean(0, keepdim=True) if grey else image).clamp(0, 1) * 255).round() / 255
+    source = ((image.mean(0, keepdim=True) if grey else image).clamp(0, 1) * 255).round().long()
     levels = 2 ** math.ceil(math.log2(len(torch.unique(source))))  # photons per full scale, as published
-    noise = torch.poisson(source * levels, generator=generator) / levels - source
+    noise = poisson(source, levels, generator) / levels - source / 255
     return (image + noise * _uniform(stage.poisson_scale, generator)).clamp(0, 1)
+
+
+def poisson(values: Tensor, levels: int, generator: Generator) -> Tensor:
+    """Poisson counts of mean ``levels * values / 255``, by inversion of the distribution function.
+
+    ``torch.poisson`` rejects and draws again: where a pixel differs by a rounding error, it gives all later pixels, and
+    all later steps, other numbers.  Here each pixel uses one number.
+
+    Args:
+        values: whole numbers from 0 to 255, any shape, int64.
+    """
+    table = _poisson_table(levels)
+    chance = torch.rand(values.shape, generator=generator, dtype=torch.float64)
+    counts = torch.searchsorted(table.flatten(), values + chance) - values * table.shape[1]
+    return counts.clamp(0, table.shape[1] - 1).float()
+
+
+@cache
+def _poisson_table(levels: int) -> Tensor:
+    """Row v: ``v + P(count <= k)`` at mean ``levels * v / 255``; the rows on end are one rising sequence."""
+    mean = torch.arange(256, dtype=torch.float64)[:, None] * levels / 255
+    count = torch.arange(levels + 12 * math.isqrt(levels) + 20, dtype=torch.float64)
+    probability = torch.exp(torch.xlogy(count, mean) - mean - torch.lgamma(count + 1))
+    return torch.arange(256)[:, None] + probability.cumsum(1).clamp(max=1)
 
 
 def jpeg(image: Tensor, quality: int) -> Tensor:

@@ -90,6 +90,8 @@ def write_picture(path: Path, picture: Picture) -> None:
     if picture.deep and not deep:
         log.warning("%s: %s holds 8 of the input's 16 bits", path, kind)
     array = _to_array(picture, 65535 if deep else 255)
+    if deep and array.shape[2] == 2:  # OpenCV writes no deep grey with alpha, and Pillow reads none from TIFF
+        array = array[..., [0, 0, 0, 1]]
     with atomic_path(path) as temporary:
         if deep and kind == "TIFF":
             _write_deep_tiff(temporary, array, picture)
@@ -189,9 +191,7 @@ def _write_pillow(path: Path, array: np.ndarray, picture: Picture, kind: str) ->
 
 
 def _write_deep_png(path: Path, array: np.ndarray, picture: Picture) -> None:
-    if array.shape[2] == 2:  # OpenCV writes no grey with alpha
-        array = array[..., [0, 0, 0, 1]]
-    elif array.shape[2] >= 3:
+    if array.shape[2] >= 3:
         array = array[..., [2, 1, 0, 3][: array.shape[2]]]
     kept = {cv2.IMAGE_METADATA_ICCP: picture.icc, cv2.IMAGE_METADATA_EXIF: picture.exif}
     kinds = [kind for kind, value in kept.items() if value]
@@ -204,7 +204,7 @@ def _write_deep_tiff(path: Path, array: np.ndarray, picture: Picture) -> None:
     tifffile.imwrite(
         path,
         array[..., 0] if array.shape[2] == 1 else array,
-        photometric="minisblack" if picture.grey else "rgb",
+        photometric="minisblack" if array.shape[2] == 1 else "rgb",
         planarconfig="contig",
         extrasamples=["unassalpha"] if picture.alpha is not None else None,
         compression="zlib",

@@ -75,7 +75,10 @@ def match_pairs(images: Path, references: Path) -> list[tuple[str, Path, Path]]:
 def _by_stem(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder")
-    paths = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in FORMATS}
+    paths: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in FORMATS and (other := paths.setdefault(path.stem, path)) != path:
+            raise ValueError(f"{other} and {path} have the same name: pictures are matched by name without suffix")
     if not paths:
         raise ValueError(f"{folder} has no pictures ({', '.join(FORMATS)})")
     return paths

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsdsr_core.bundle import read_bundle
-from tsdsr_core.diffusers_models import BUILTIN, load_builtin
+from tsdsr_core.bundle import BUILTIN, read_bundle
+from tsdsr_core.diffusers_models import load_builtin
 from tsdsr_core.image_io import read_picture
 from tsdsr_core.metrics import psnr_y, ssim_y
 from tsdsr_core.restore import Options, bicubic, restore

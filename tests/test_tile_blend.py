@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tsdsr_core.tile_blend import centred_window, official_window, tiled_velocity
 from tsdsr_core.tile_plan import TileSettings, even_tiles, official_tiles
 
-QUIET = lambda done, total: None  # noqa: E731
+QUIET = lambda done, total, partial: None  # noqa: E731
 
 
 def run(velocity, z, plan, window=None, batch=4, tick=QUIET):
@@ -54,7 +54,7 @@ def test_the_number_of_calls_is_the_planned_one(images, batch, calls):
         return tiles
 
     plan = even_tiles(128, 128, TileSettings(64, 8, 2))
-    run(velocity, torch.randn(images, 2, 128, 128), plan, batch=batch, tick=lambda done, total: ticks.append((done, total)))
+    run(velocity, torch.randn(images, 2, 128, 128), plan, batch=batch, tick=lambda done, total, _: ticks.append((done, total)))
     assert seen == calls
     assert ticks[-1] == (9 * images, 9 * images)
     assert [done for done, _ in ticks] == torch.tensor(calls).cumsum(0).tolist()
@@ -100,3 +100,14 @@ def test_other_errors_pass_through():
 
     with pytest.raises(RuntimeError, match="shapes differ"):
         run(velocity, torch.randn(1, 2, 32, 32), even_tiles(32, 32, TileSettings(16, 4, 2)))
+
+
+def test_the_velocity_so_far_grows_to_the_whole():
+    plan, z = even_tiles(96, 64, TileSettings()), torch.randn(1, 2, 96, 64)
+    seen = []
+    whole = run(lambda tiles: tiles.square(), z, plan, batch=1, tick=lambda done, total, partial: seen.append(partial()))
+    assert len(seen) == 2
+    assert torch.equal(seen[-1], whole)
+    first = plan.tops[1]
+    assert torch.allclose(seen[0][:, :, :first], whole[:, :, :first], atol=1e-6), "the first tile alone covers these rows"
+    assert not seen[0][:, :, 64:].any(), "no tile of these rows is done"

@@ -18,7 +18,7 @@ TRANSFORMER = {
 }  # fmt: skip
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (8, 16, 24, 24), "layers_per_block": 2, "latent_channels": 16, "norm_num_groups": 8,
+    "block_out_channels": (8, 16, 24, 24), "layers_per_block": 2, "latent_channels": 16, "norm_num_groups": 4,
     "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False,
 }  # fmt: skip
 TRANSFORMER_TARGETS = [

@@ -24,6 +24,8 @@ from .files import atomic_path
 from .lora import Lora, parse_lora
 from .prompt import POOLED_KEY, TOKENS_KEY, PromptEmbeds
 
+BUILTIN = Path(__file__).parent / "assets" / "builtin.safetensors"
+"""The small model that ships with the package."""
 VERSION = 1
 METADATA_KEY = "tsdsr_bundle"
 KINDS = ("lora", "merged")

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
 
 from . import lora as lora_module
-from .bundle import Bundle, read_bundle
+from .bundle import BUILTIN, Bundle, read_bundle
 from .device import free_memory
 from .flow import TIMESTEP
 from .lora import Lora
@@ -24,7 +24,6 @@ from .restore import Model
 
 log = logging.getLogger("tsdsr")
 
-BUILTIN = Path(__file__).parent / "assets" / "builtin.safetensors"
 _CLASSES = {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}
 _CPU_BATCH = 4
 """Tiles at once on a CPU: enough to fill the cores, no gain beyond."""

@@ -36,15 +36,20 @@ def plan_size(size: Size, scale: float, multiple: int, process_size: int) -> Siz
         multiple: what the model's input sides must divide by (VAE factor times patch size, 16 for SD3).
         process_size: where the shorter side of the target is less, work at this size and resize back; 0 for never.
     """
-    target = _times(size, scale)
+    return plan_target(target_size(size, scale), multiple, process_size)
+
+
+def plan_target(target: Size, multiple: int, process_size: int) -> SizePlan:
+    """As ``plan_size``, for a wanted (height, width) of the result."""
     enlarge = process_size / min(target)
     enlarge = max(1.0, min(enlarge, _STRETCH * process_size / max(target)))
-    work = target if enlarge == 1.0 else _times(target, enlarge)
+    work = target if enlarge == 1.0 else target_size(target, enlarge)
     return SizePlan(target, work, (_round_up(work[0], multiple), _round_up(work[1], multiple)))
 
 
-def _times(size: Size, factor: float) -> Size:
-    return math.floor(size[0] * factor + 0.5), math.floor(size[1] * factor + 0.5)
+def target_size(size: Size, scale: float) -> Size:
+    """``size`` times ``scale``, to the nearest pixel, halves up, at least 1."""
+    return max(1, math.floor(size[0] * scale + 0.5)), max(1, math.floor(size[1] * scale + 0.5))
 
 
 def _round_up(length: int, multiple: int) -> int:

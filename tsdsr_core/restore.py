@@ -112,11 +112,21 @@ def restore(image: Tensor, model: Model, options: Options, progress: Progress = 
 
 def restore_at(image: Tensor, size: SizePlan, model: Model, options: Options, progress: Progress = _quiet) -> Tensor:
     """The restored batch at its working size ``(B, 3, *size.work)`` in 0..1, before the colour fix."""
-    x = pad_to(bicubic(image, size.work), size.padded)
-    z = model.scaling_factor * _one_by_one(model.encode, x * 2 - 1, "encode", progress)
+    x = to_pixels(image, size)
+    z = model.scaling_factor * _one_by_one(model.encode, x, "encode", progress)
     z = one_step(z, predict_velocity(z, model, options, progress), options.strength)
     y = _one_by_one(model.decode, z / model.scaling_factor, "decode", progress)
-    return (y[:, :, : size.work[0], : size.work[1]] / 2 + 0.5).clamp(0, 1)
+    return from_pixels(y, size)
+
+
+def to_pixels(image: Tensor, size: SizePlan) -> Tensor:
+    """``image`` in 0..1 as the encoder takes it: enlarged and padded to ``size.padded``, in -1..1."""
+    return pad_to(bicubic(image, size.work), size.padded) * 2 - 1
+
+
+def from_pixels(pixels: Tensor, size: SizePlan) -> Tensor:
+    """What the decoder gives, cropped to ``size.work`` and in 0..1."""
+    return (pixels[:, :, : size.work[0], : size.work[1]] / 2 + 0.5).clamp(0, 1)
 
 
 def predict_velocity(z: Tensor, model: Model, options: Options, progress: Progress) -> Tensor:
@@ -125,7 +135,7 @@ def predict_velocity(z: Tensor, model: Model, options: Options, progress: Progre
     plan = recipe.tiles(z.shape[2], z.shape[3], tile_settings(model, options))
     window = recipe.window(plan.tile_height, plan.tile_width)
     batch = options.tile_batch or model.tile_batch(plan.tile_height, plan.tile_width)
-    return tiled_velocity(model.velocity, z, plan, window, batch, lambda done, total: progress("step", done, total))
+    return tiled_velocity(model.velocity, z, plan, window, batch, lambda done, total, _: progress("step", done, total))
 
 
 def tile_settings(model: Model, options: Options) -> TileSettings:
@@ -167,7 +177,8 @@ def _one_by_one(function: Callable[[Tensor], Tensor], batch: Tensor, stage: str,
     return torch.cat(results)
 
 
-def _finish(restored: Tensor, image: Tensor, target: Size, options: Options) -> Tensor:
+def finish(restored: Tensor, image: Tensor, target: Size, options: Options) -> Tensor:
+    """Resize to the target and give it the colours of ``image``; tensors ``(B, 3, H, W)`` in 0..1 in and out."""
     restored = bicubic(restored, target)
     reference = bicubic(image, target)
     return colour.match_colour(restored, reference, options.colour_fix, options.wavelet_levels).clamp(0, 1)
@@ -178,6 +189,6 @@ def _finish_official(restored: Tensor, image: Tensor, target: Size, options: Opt
 
 
 RECIPES = {
-    "default": Recipe(plan_size, even_tiles, centred_window, _finish),
+    "default": Recipe(plan_size, even_tiles, centred_window, finish),
     "official": Recipe(official.plan_size, official_tiles, official_window, _finish_official),
 }

@@ -15,8 +15,8 @@ VARIANCE = 0.01
 """Variance of the Gaussian window, relative to the squared tile side."""
 
 Velocity = Callable[[Tensor], Tensor]
-Tick = Callable[[int, int], None]
-"""Called with (tiles done, tiles in all)."""
+Tick = Callable[[int, int, Callable[[], Tensor]], None]
+"""Called with (tiles done, tiles in all, a function that gives the velocity so far, 0 where none is known)."""
 
 
 def centred_window(tile_height: int, tile_width: int) -> Tensor:
@@ -61,7 +61,7 @@ def tiled_velocity(velocity: Velocity, z: Tensor, plan: TilePlan, window: Tensor
         for (image, top, left), tile in zip(some, tiles, strict=True):
             total[image, :, top : top + plan.tile_height, left : left + plan.tile_width] += tile.float() * window
         done += len(some)
-        tick(done, len(jobs))
+        tick(done, len(jobs), lambda: total / weight)
     return (total / weight).to(z.dtype)
 
 

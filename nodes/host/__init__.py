@@ -1,0 +1,6 @@
+"""The one home of ComfyUI's mechanics.
+
+``schema``   node definitions that older hosts accept too     ``files``     model folders and file lists
+``running``  progress, interruption, errors                   ``sampling``  the one step as a ComfyUI sampler
+``models``   native model and VAE objects                     ``vae``       encoding and decoding of any size
+"""

@@ -1,0 +1,222 @@
+"""The one step as a ComfyUI sampler, run by the host's own guider.
+
+Sampling through ``CFGGuider`` keeps hooks, wrappers, previews, interruption and memory management.  The host shifts
+latents on their way in and out, ``(z - shift) * scale``; TSD-SR uses the scale alone, so the sampler undoes the shift.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.samplers
+import latent_preview
+import torch
+from torch import Tensor
+
+from ...tsdsr_core.flow import TIMESTEP, one_step
+from ...tsdsr_core.memory import is_out_of_memory, tile_batch
+from ...tsdsr_core.restore import pad_to
+from ...tsdsr_core.tile_blend import centred_window, tiled_velocity
+from ...tsdsr_core.tile_plan import TilePlan, TileSettings, even_tiles
+from . import running
+from .models import check_sd3
+
+log = logging.getLogger("tsdsr")
+
+LEAST_TILE = 16
+"""Latent cells; below this, tiles see too little to be worth a run."""
+_CPU_BATCH = 4
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a user chooses about the step."""
+
+    strength: float = 1.0
+    tile: int = 64
+    overlap: int = 8
+    batch: int = 0
+    """0 for as many tiles at once as fit."""
+
+
+class OneStepSampler(comfy.samplers.Sampler):
+    """``z_H = z_L - strength v(z_L, t = 1000)``, tile by tile."""
+
+    def __init__(self, settings: StepSettings, progress: running.Progress | None = None) -> None:
+        self.settings = settings
+        self.progress = progress
+
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):  # fmt: skip
+        """Called by the host within its sampling context; latents come and go in the host's shifted form."""
+        check_sigmas(sigmas)
+        base = model_wrap.inner_model
+        offset = _shift(base)
+        z = latent_image if not latent_image.any() else latent_image + offset  # the host leaves all-zero latents unshifted
+
+        def velocity(tiles: Tensor) -> Tensor:
+            running.check_interrupted()
+            return tiles - model_wrap(tiles, tiles.new_ones(len(tiles)), **extra_args)
+
+        def tick(done: int, total: int, partial: Any) -> None:
+            if callback is not None:
+                preview = one_step(z, partial(), self.settings.strength) - offset
+                callback(done - 1, preview, z, total)
+            running.check_interrupted()
+
+        padded = pad_to(z, _padded(z, base))
+        v = _in_tiles(velocity, padded, base, self.settings, tick)[:, :, : z.shape[2], : z.shape[3]]
+        if denoise_mask is not None:
+            v = v * denoise_mask
+        return one_step(z, v, self.settings.strength) - offset
+
+
+def run_one_step(
+    model: Any, conditioning: Any, latents: Tensor, settings: StepSettings, progress: running.Progress | None = None
+) -> Tensor:
+    """Run the step on unscaled latents ``(B, 16, h, w)``; returns the same shape in fp32 on the host's device for results.
+
+    Raises:
+        ValueError: for a model, conditioning or latent that does not suit, saying what to connect.
+    """
+    check_model(model)
+    check_conditioning(conditioning)
+    check_latents(latents, model)
+    plan = plan_tiles(latents, model.model, settings.tile, settings.overlap)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": conditioning})
+    guider.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
+    _ask_for_one_batch(guider.model_options, plan, len(latents), settings.batch)
+    output = guider.sample(
+        torch.zeros_like(latents),
+        latents,
+        OneStepSampler(settings),
+        torch.tensor([1.0, 0.0]),
+        callback=_callback(model, progress),
+        disable_pbar=True,
+        seed=0,
+    )
+    return output.to(comfy.model_management.intermediate_device())
+
+
+def plan_tiles(latents: Tensor, base: Any, tile: int, overlap: int) -> TilePlan:
+    """Tiles over ``latents`` for the host model ``base``."""
+    diffusion = base.diffusion_model
+    multiple = diffusion.patch_size
+    limit = (diffusion.pos_embed_max_size or 0) * multiple or None
+    tile = min(tile, limit or tile)
+    settings = TileSettings(tile, min(overlap, (tile - 1) // multiple * multiple), multiple, limit)
+    return even_tiles(*_padded(latents, base), settings)
+
+
+def check_model(model: Any) -> None:
+    """Raise ``ValueError`` unless ``model`` is an SD3 model with its own timesteps."""
+    check_sd3(model)
+    timestep = float(model.get_model_object("model_sampling").timestep(torch.tensor(1.0)))
+    if abs(timestep - TIMESTEP) > 1e-3:
+        raise ValueError(f"the MODEL's sampling was changed (sigma 1 is timestep {timestep:g}, not 1000): remove that node")
+
+
+def check_conditioning(conditioning: Any) -> None:
+    """Raise ``ValueError`` unless ``conditioning`` is a prompt for SD3."""
+    if not conditioning:
+        raise ValueError("the conditioning is empty: connect TSD-SR Load Prompt or CLIP Text Encode of SD3")
+    for tokens, extra in conditioning:
+        if tokens is None or extra.get("pooled_output") is None:
+            raise ValueError(
+                "the conditioning has no pooled output, which SD3 needs: connect TSD-SR Load Prompt, or CLIP Text Encode "
+                "with SD3's text encoders (clip_l and clip_g)"
+            )
+        for key in ("area", "mask", "control", "gligen"):
+            if extra.get(key) is not None:
+                raise ValueError(f"the conditioning has a {key!r}, which the tiles of TSD-SR cannot follow: remove that node")
+
+
+def check_latents(latents: Tensor, model: Any) -> None:
+    """Raise ``ValueError`` unless ``latents`` are the model's: 4-dimensional, finite, not empty, of its channels."""
+    wanted = model.model.latent_format.latent_channels
+    if latents.ndim != 4 or 0 in latents.shape or latents.shape[1] != wanted:
+        raise ValueError(
+            f"the latent has the shape {tuple(latents.shape)}: expected (batch, {wanted}, height, width); encode with SD3's VAE"
+        )
+    if not torch.isfinite(latents).all():
+        raise ValueError("the latent has NaN or infinite values: check the picture and the VAE's precision before it")
+
+
+def check_sigmas(sigmas: Tensor) -> None:
+    """Raise ``ValueError`` unless ``sigmas`` are one step from 1 to 0."""
+    values = [round(float(sigma), 4) for sigma in sigmas]
+    if len(values) != 2 or abs(values[0] - 1) > 1e-3 or abs(values[1]) > 1e-3:
+        raise ValueError(f"sigmas {values[:5]}: TSD-SR takes one step from 1 to 0; set the scheduler to 1 step, denoise 1")
+
+
+def _in_tiles(velocity: Any, z: Tensor, base: Any, settings: StepSettings, tick: Any) -> Tensor:
+    """The velocity of ``z``; where one tile does not fit into memory, tiles of half the side are tried."""
+    tile = settings.tile
+    while True:
+        plan = plan_tiles(z, base, tile, settings.overlap)
+        batch = settings.batch or _batch(base, z, plan)
+        try:
+            return tiled_velocity(velocity, z, plan, centred_window(plan.tile_height, plan.tile_width), batch, tick)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            smaller = max(plan.tile_height, plan.tile_width) // 4 * 2
+            if smaller < LEAST_TILE:
+                raise RuntimeError(
+                    "out of memory with one tile of the least size: close other programs, or start ComfyUI with --lowvram"
+                ) from error
+            log.warning("out of memory with one tile of %d latent cells; going on with %d", smaller * 2, smaller)
+            tile = smaller
+        running.release_memory()
+
+
+def _batch(base: Any, z: Tensor, plan: TilePlan) -> int:
+    if z.device.type == "cpu":
+        return _CPU_BATCH
+    one = base.memory_required([1, z.shape[1], plan.tile_height, plan.tile_width])
+    return tile_batch(running.free_memory(z.device), int(one))
+
+
+def _ask_for_one_batch(model_options: dict[str, Any], plan: TilePlan, images: int, batch: int) -> None:
+    """Let the host make room for one batch of tiles, not for the whole latent."""
+    tiles = min(batch or _CPU_BATCH, len(plan) * images)
+
+    def prepare(executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+        return executor(model, [tiles, noise_shape[1], plan.tile_height, plan.tile_width], *args, **kwargs)
+
+    kind = comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
+    comfy.patcher_extension.add_wrapper_with_key(kind, "tsdsr", prepare, model_options, is_model_options=True)
+
+
+def _callback(model: Any, progress: running.Progress | None) -> Any:
+    """The host's preview callback, counting into ``progress`` where the node has more stages than this."""
+    if progress is None:
+        return latent_preview.prepare_callback(model, 1)
+    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+    before = 0
+
+    def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+        nonlocal before
+        preview = previewer.decode_latent_to_preview_image("JPEG", x0) if previewer else None
+        progress.update(step + 1 - before, preview)
+        before = step + 1
+
+    return callback
+
+
+def _shift(base: Any) -> float:
+    form = base.latent_format
+    return form.scale_factor * form.shift_factor
+
+
+def _padded(latents: Tensor, base: Any) -> tuple[int, int]:
+    """Height and width in whole patches; the host itself would pad by wrapping around."""
+    patch = base.diffusion_model.patch_size
+    return -(-latents.shape[2] // patch) * patch, -(-latents.shape[3] // patch) * patch

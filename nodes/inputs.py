@@ -1,0 +1,92 @@
+"""Inputs that several nodes share, with their limits and what they say of themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..tsdsr_core.colour import METHODS, WAVELET_LEVELS
+from ..tsdsr_core.tile_plan import OVERLAP, TILE
+from .host.sampling import StepSettings
+from .host.schema import field
+
+
+def strength() -> Any:
+    """The dial between faithful and generative."""
+    return field(
+        io.Float, "strength", default=1.0, min=0.0, max=2.0, step=0.05,
+        tooltip="How much of the step is taken: 1 as published, less stays closer to the input, 0 changes nothing.",
+    )  # fmt: skip
+
+
+def tiling() -> list[Any]:
+    """Tile side, overlap and batch of the transformer."""
+    return [
+        field(
+            io.Int, "tile", default=TILE, min=16, max=384, step=2, advanced=True,
+            tooltip="Side of the transformer's tiles in latent cells (8 pixels each for SD3). 64 is what it was trained on; "
+            "where memory runs out, tiles get smaller by themselves.",
+        ),
+        field(
+            io.Int, "tile_overlap", default=OVERLAP, min=0, max=128, step=2, advanced=True,
+            tooltip="Least overlap of neighbouring tiles in latent cells. More hides seams better and takes longer.",
+        ),
+        field(
+            io.Int, "tile_batch", default=0, min=0, max=64, advanced=True,
+            tooltip="Tiles that run at once. 0 takes as many as fit into free memory.",
+        ),
+    ]  # fmt: skip
+
+
+def colour_fix() -> Any:
+    """The colour fix."""
+    return field(
+        io.Combo, "color_fix", options=list(METHODS), default="wavelet",
+        tooltip="Whose colours the result has: wavelet keeps the input's low frequencies, adain its mean and contrast, lab "
+        "its lightness and chroma, none changes nothing.",
+    )  # fmt: skip
+
+
+def wavelet_levels(default: int = WAVELET_LEVELS, least: int = 1, automatic: str = "") -> Any:
+    """How much of the picture the wavelet colour fix takes from the input."""
+    return field(
+        io.Int, "wavelet_levels", default=default, min=least, max=8, advanced=True,
+        tooltip="For the wavelet colour fix: more levels take only the broadest colours from the input. "
+        f"5 is the published value.{automatic}",
+    )  # fmt: skip
+
+
+def step_settings(strength: float, tile: int, tile_overlap: int, tile_batch: int) -> StepSettings:
+    """The checked settings.
+
+    Raises:
+        ValueError: where the overlap is not below the tile.
+    """
+    if tile_overlap >= tile:
+        raise ValueError(f"tile_overlap {tile_overlap} is not below tile {tile}: make it smaller")
+    return StepSettings(strength, tile, tile_overlap, tile_batch)
+
+
+def to_core(image: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A host IMAGE ``(B, H, W, 3 or 4)`` as ``(B, 3, H, W)`` in 0..1 and its alpha ``(B, 1, H, W)`` or None.
+
+    Raises:
+        ValueError: for another shape, an empty batch, NaN or infinite pixels.
+    """
+    if image.ndim == 4 and image.shape[-1] == 1:
+        image = image.expand(-1, -1, -1, 3)
+    if image.ndim != 4 or image.shape[-1] not in (3, 4) or 0 in image.shape:
+        raise ValueError(f"the image has the shape {tuple(image.shape)}: expected (batch, height, width, 3 or 4), not empty")
+    if not torch.isfinite(image).all():
+        raise ValueError("the image has NaN or infinite pixels: check the node before")
+    channels = image.float().movedim(-1, 1).clamp(0, 1)
+    return channels[:, :3], channels[:, 3:] if channels.shape[1] == 4 else None
+
+
+def to_host(image: Tensor, alpha: Tensor | None) -> Tensor:
+    """The inverse of ``to_core``."""
+    channels = image if alpha is None else torch.cat((image, alpha), 1)
+    return channels.movedim(1, -1).contiguous()

@@ -1,0 +1,142 @@
+"""Loading: the official LoRAs and prompt embeddings, or a whole bundle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..tsdsr_core.bundle import BUILTIN, read_bundle
+from ..tsdsr_core.lora import load_lora
+from ..tsdsr_core.prompt import POOLED_FILE, TOKENS_FILE, load_prompt
+from .host import files, models
+from .host.schema import field, schema
+
+_LORAS = ("loras",)
+_PROMPTS = (files.FOLDER, "embeddings")
+_BUNDLES = (files.FOLDER, "checkpoints")
+_BUILTIN_NAME = "built-in model (no download)"
+_PRECISIONS = {"auto": None, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class LoadLora(io.ComfyNode):
+    """TSDSRLoadLora: the two official LoRAs onto SD3's MODEL and VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        names = files.names(_LORAS, (".safetensors",))
+        return schema(
+            "TSDSRLoadLora",
+            "TSD-SR Load LoRA",
+            description="Patches Stable Diffusion 3 medium and its VAE with the two LoRA files of TSD-SR.",
+            search_aliases=["tsdsr lora", "tsd-sr", "one-step upscaler", "super resolution"],
+            inputs=[
+                field(io.Model, "model", tooltip="Stable Diffusion 3 medium."),
+                field(io.Vae, "vae", tooltip="The VAE of Stable Diffusion 3."),
+                field(
+                    io.Combo, "transformer_lora", options=names,
+                    tooltip="transformer.safetensors of TSD-SR, in models/loras (a subfolder is fine).",
+                ),
+                field(
+                    io.Combo, "vae_lora", options=names,
+                    tooltip="vae.safetensors of TSD-SR, in models/loras (a subfolder is fine).",
+                ),
+                field(
+                    io.Float, "transformer_strength", default=1.0, min=0.0, max=2.0, step=0.05, advanced=True,
+                    tooltip="Strength of the transformer's LoRA; 1 as published.",
+                ),
+                field(
+                    io.Float, "vae_strength", default=1.0, min=0.0, max=2.0, step=0.05, advanced=True,
+                    tooltip="Strength of the VAE encoder's LoRA; 1 as published.",
+                ),
+                field(
+                    io.Combo, "vae_precision", options=list(_PRECISIONS), default="auto", advanced=True,
+                    tooltip="auto keeps the VAE as it is, unless it is bf16, which is too coarse for the LoRA: then fp16 on "
+                    "a GPU and fp32 on the CPU.",
+                ),
+            ],
+            outputs=[io.Model.Output(), io.Vae.Output()],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, transformer_lora: str, vae_lora: str, **others: Any) -> Any:
+        return files.state(_LORAS, transformer_lora), files.state(_LORAS, vae_lora), *others.values()
+
+    @classmethod
+    def execute(
+        cls, model: Any, vae: Any, transformer_lora: str, vae_lora: str, transformer_strength: float, vae_strength: float,
+        vae_precision: str,
+    ) -> io.NodeOutput:  # fmt: skip
+        loras = [
+            load_lora(files.find(_LORAS, name), target)
+            for name, target in ((transformer_lora, "transformer"), (vae_lora, "vae"))
+        ]
+        models.check_sd3(model)
+        dtype = _PRECISIONS[vae_precision] or models.precise_dtype(vae)
+        patched_vae = models.patch_vae(vae, loras[1], vae_strength, dtype)
+        return io.NodeOutput(models.patch_model(model, loras[0], transformer_strength), patched_vae)
+
+
+class LoadPrompt(io.ComfyNode):
+    """TSDSRLoadPrompt: the official prompt embeddings."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        names = [
+            name for name in files.names(_PROMPTS, (".safetensors", ".pt")) if name.endswith((TOKENS_FILE, ".safetensors"))
+        ]
+        return schema(
+            "TSDSRLoadPrompt",
+            "TSD-SR Load Prompt",
+            description="Loads the prompt embeddings that TSD-SR was trained with. No text encoder is needed.",
+            search_aliases=["tsdsr prompt", "prompt embeddings", "prompt_embeds.pt"],
+            inputs=[
+                field(
+                    io.Combo, "prompt", options=names,
+                    tooltip=f"{TOKENS_FILE} with {POOLED_FILE} beside it, or one safetensors file; in models/tsdsr or "
+                    "models/embeddings.",
+                )
+            ],
+            outputs=[io.Conditioning.Output()],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, prompt: str) -> Any:
+        return prompt, files.state(_PROMPTS, prompt)
+
+    @classmethod
+    def execute(cls, prompt: str) -> io.NodeOutput:
+        path = files.find(_PROMPTS, prompt)
+        return io.NodeOutput(models.to_conditioning(load_prompt(path.parent if path.suffix == ".pt" else path)))
+
+
+class LoadCheckpoint(io.ComfyNode):
+    """TSDSRLoadCheckpoint: a self-contained bundle, or the built-in model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "TSDSRLoadCheckpoint",
+            "TSD-SR Load Checkpoint",
+            description="Loads a whole one-step restorer: the small built-in model, or a bundle with everything in one file.",
+            search_aliases=["tsdsr checkpoint", "tsdsr model", "built-in upscaler", "super resolution"],
+            inputs=[
+                field(
+                    io.Combo, "checkpoint", options=[_BUILTIN_NAME, *files.names(_BUNDLES, (".safetensors",))],
+                    default=_BUILTIN_NAME,
+                    tooltip="The built-in model, or a TSD-SR bundle in models/tsdsr or models/checkpoints (made by TSD-SR "
+                    "Save Checkpoint or the command tsdsr bundle --merge).",
+                )
+            ],
+            outputs=[io.Model.Output(), io.Vae.Output(), io.Conditioning.Output()],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str) -> Any:
+        return checkpoint, "" if checkpoint == _BUILTIN_NAME else files.state(_BUNDLES, checkpoint)
+
+    @classmethod
+    def execute(cls, checkpoint: str) -> io.NodeOutput:
+        path = BUILTIN if checkpoint == _BUILTIN_NAME else files.find(_BUNDLES, checkpoint)
+        return io.NodeOutput(*models.load_bundle(read_bundle(path)))

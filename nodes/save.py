@@ -1,0 +1,48 @@
+"""Saving a whole restorer as one file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..tsdsr_core.bundle import write_bundle
+from .host import files, models, sampling
+from .host.schema import field, schema
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class SaveCheckpoint(io.ComfyNode):
+    """TSDSRSaveCheckpoint: MODEL, VAE and CONDITIONING into a bundle, patches merged."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "TSDSRSaveCheckpoint",
+            "TSD-SR Save Checkpoint",
+            description="Writes model, VAE and prompt into one file with all LoRAs merged. TSD-SR Load Checkpoint and the "
+            "command tsdsr read it. A file that contains Stable Diffusion 3 stays under its licence.",
+            search_aliases=["tsdsr bundle", "merge lora"],
+            inputs=[
+                field(io.Model, "model"),
+                field(io.Vae, "vae"),
+                field(io.Conditioning, "conditioning"),
+                field(
+                    io.String, "filename_prefix", default="checkpoints/tsdsr",
+                    tooltip="In the output folder; what lies in its subfolder checkpoints can be chosen in the loader at once.",
+                ),
+                field(io.Combo, "dtype", options=list(_DTYPES), default="fp16", advanced=True, tooltip="Type of the weights."),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: Any, vae: Any, conditioning: Any, filename_prefix: str, dtype: str) -> io.NodeOutput:
+        sampling.check_model(model)
+        sampling.check_conditioning(conditioning)
+        path, shown = files.new_output(filename_prefix)
+        write_bundle(path, models.to_bundle(model, vae, conditioning, _DTYPES[dtype], {"made by": "TSDSRSaveCheckpoint"}))
+        return io.NodeOutput(ui={"text": [shown]})

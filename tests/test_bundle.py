@@ -30,7 +30,9 @@ def lora_bundle(published: Published) -> Bundle:
 def merged(published: Published, tmp_path_factory):
     model = load_folder(published.sd3, loras_of(published), load_prompt(published.embeddings), CPU, torch.float32)
     path = tmp_path_factory.mktemp("bundle") / "merged.safetensors"
-    write_bundle(path, merged_bundle(model, torch.float32, {"license": "test"}))
+    write_bundle(
+        path, merged_bundle(model.transformer, model.vae, model.prompt, torch.float32, model.defaults, {"license": "test"})
+    )
     return model, path
 
 

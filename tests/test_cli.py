@@ -128,7 +128,7 @@ def test_bundle_says_what_is_missing_and_stores_notes(published, tmp_path, capsy
         (["{in}/0.png", "-o", "{out}", "--model", "{in}/no.safetensors"], "no.safetensors"),
         (["{in}/0.png", "-o", "{out}", "--model", "{in}/0.png"], "not a safetensors file"),
         (["{in}/0.png", "-o", "{out}", "--model", "{in}"], "--lora-dir"),
-        (["{in}/0.png", "-o", "{out}", "--lora-dir", "{in}"], "--lora-dir and --embedding-dir go with an SD3 folder"),
+        (["{in}/0.png", "-o", "{out}", "--lora-dir", "{in}"], "go with an SD3 folder"),
         (["{in}/0.png", "{in}/1.png", "-o", "{out}/x.png"], "expected a folder"),
         (["{in}", "-o", "{in}"], "over an input"),
     ],

@@ -61,7 +61,7 @@ def test_what_cannot_be_compared_is_named(folders, capsys):
     (folders / "out" / "2.png").unlink()
     write_picture(folders / "out" / "0.bmp", Picture(photo(50, 64)))
     assert evaluate(folders) == 2
-    assert "larger than its reference" in capsys.readouterr().err
+    assert "the reference is smaller" in capsys.readouterr().err
     assert main(["eval", "--lq", str(folders / "none"), "--hq", str(folders / "hq")]) == 2
     assert "no such folder" in capsys.readouterr().err
     write_picture(folders / "lq" / "0.jpg", Picture(photo(12, 16)))

@@ -57,6 +57,16 @@ def test_one_file_goes_to_a_file_or_into_a_folder(folder, tmp_path):
     assert plan_jobs(source, tmp_path / "new" / "out", "error")[0].output == tmp_path / "new" / "out" / "b.png"
 
 
+def test_an_unknown_output_format_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"unknown format '\.gif'"):
+        plan_jobs(collect([str(folder / "b.png")]), tmp_path / "x.gif", "error")
+
+
+def test_hidden_files_are_no_pictures(folder):
+    (folder / "._b.png").touch()
+    assert names(collect([str(folder)])) == ["a.JPG", "b.png", "c.webp"]
+
+
 def test_a_folder_called_like_a_picture_is_a_folder(folder, tmp_path):
     (tmp_path / "odd.png").mkdir()
     assert (

@@ -19,6 +19,7 @@ CASES = {  # name: (height, width) of the input, scale
     "odd latents": ((131, 150), 4),
     "small": ((40, 61), 4),
     "x2": ((256, 280), 2),
+    "x1": ((515, 519), 1),
 }
 
 

@@ -29,8 +29,8 @@ BUILTIN = Path(__file__).parent / "assets" / "builtin.safetensors"
 VERSION = 1
 METADATA_KEY = "tsdsr_bundle"
 KINDS = ("lora", "merged")
-DEFAULTS = ("process_size", "wavelet_levels")
-"""Options a bundle may set, whole numbers."""
+DEFAULTS = {"process_size": (0, 4096), "wavelet_levels": (1, 10)}
+"""Options a bundle may set, whole numbers, and their limits."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def read_description(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} has damaged bundle metadata: {error}") from error
     version = description.get("version") if isinstance(description, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int or version < 1:
         raise ValueError(f"{path} has damaged bundle metadata: no version")
     if version > VERSION:
         raise ValueError(f"{path} is a bundle of version {version}, this program reads up to {VERSION}: update it")
@@ -144,7 +144,8 @@ def _check_description(path: Path, description: dict[str, Any]) -> None:
         if not isinstance(description.get(name), dict):
             raise ValueError(f"{path} has damaged bundle metadata: {name} is missing")
     for name, value in description["defaults"].items():
-        if name not in DEFAULTS or type(value) is not int or value < 0:
+        low, high = DEFAULTS.get(name, (1, 0))
+        if type(value) is not int or not low <= value <= high:
             raise ValueError(f"{path} has damaged bundle metadata: default {name} = {value!r}")
 
 

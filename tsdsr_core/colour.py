@@ -58,10 +58,14 @@ def wavelet_low(image: Tensor, levels: int) -> Tensor:
     return image
 
 
-def adain(content: Tensor, style: Tensor) -> Tensor:
-    """Per-channel mean and standard deviation of ``style`` (adaptive instance normalisation, Huang & Belongie 2017)."""
-    content_mean, content_std = _moments(content)
-    style_mean, style_std = _moments(style)
+def adain(content: Tensor, style: Tensor, eps: float = 1e-5) -> Tensor:
+    """Per-channel mean and standard deviation of ``style`` (adaptive instance normalisation, Huang & Belongie 2017).
+
+    Args:
+        eps: added to the variances.
+    """
+    content_mean, content_std = _moments(content, eps)
+    style_mean, style_std = _moments(style, eps)
     return (content - content_mean) / content_std * style_std + style_mean
 
 
@@ -74,10 +78,12 @@ def lab(content: Tensor, style: Tensor) -> Tensor:
     content_lab, style_lab = rgb_to_lab(content), rgb_to_lab(style)
     shift = style_lab[:, :1].mean((2, 3), True) - content_lab[:, :1].mean((2, 3), True)
     lightness = content_lab[:, :1] + shift
-    chroma = adain(content_lab[:, 1:], style_lab[:, 1:])
+    chroma = adain(content_lab[:, 1:], style_lab[:, 1:], eps=_CHROMA_EPS)
     return lab_to_rgb(torch.cat((lightness, chroma), 1))
 
 
+_CHROMA_EPS = 0.25
+"""Variance of a* and b* of a picture without colour to the eye: its noise is not blown up to match."""
 _D65 = (0.95047, 1.0, 1.08883)
 _RGB_TO_XYZ = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041))
 _EPSILON, _KAPPA = 216 / 24389, 24389 / 27
@@ -110,7 +116,7 @@ def _column(image: Tensor, values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values, dtype=image.dtype, device=image.device)[:, None, None]
 
 
-def _moments(image: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def _moments(image: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if image.shape[2] * image.shape[3] == 1:  # the unbiased variance of one value is undefined
         return image, torch.full_like(image, eps**0.5)
     variance, mean = torch.var_mean(image, (2, 3), keepdim=True)

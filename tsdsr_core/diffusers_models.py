@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import lora as lora_module
@@ -85,10 +86,13 @@ class DiffusersModel:
     def encode(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
         """``E(x)``: pixels in -1..1 to unscaled latents, the mode or, with a generator, a sample."""
 
+        start = None if generator is None else generator.get_state()
+
         def run(x: Tensor) -> Tensor:
             posterior = self.vae.encode(x).latent_dist
-            if generator is None:
+            if generator is None or start is None:
                 return posterior.mode()
+            generator.set_state(start)  # a second run, in fp32, draws the same
             noise = torch.randn(posterior.mean.shape, generator=generator)
             return posterior.mean + posterior.std * noise.to(posterior.mean)
 
@@ -168,6 +172,8 @@ def load_bundle(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Dif
         raise ValueError("this bundle holds only LoRAs: give an SD3 folder as the model and the bundle as the LoRA")
     transformer = _from_weights("transformer", bundle.configs["transformer"], bundle.transformer)
     vae = _from_weights("vae", bundle.configs["vae"], bundle.vae)
+    if not isinstance(vae.config["scaling_factor"], int | float):
+        raise ValueError(f"the bundle's VAE has the scaling factor {vae.config['scaling_factor']!r}: expected a number")
     return DiffusersModel(transformer, vae, bundle.prompt, device, dtype, bundle.defaults)
 
 
@@ -176,42 +182,73 @@ def load_builtin(device: torch.device, dtype: torch.dtype) -> DiffusersModel:
     return load_bundle(read_bundle(BUILTIN), device, dtype)
 
 
-def merged_bundle(model: DiffusersModel, dtype: torch.dtype, notes: Mapping[str, str]) -> Bundle:
-    """A self-contained bundle of ``model`` with weights in ``dtype``."""
-    parts = {"transformer": model.transformer, "vae": model.vae}
+def merged_bundle(
+    transformer: Any, vae: Any, prompt: PromptEmbeds, dtype: torch.dtype, defaults: Mapping[str, Any], notes: Mapping[str, str]
+) -> Bundle:
+    """A self-contained bundle of a diffusers transformer and autoencoder with weights in ``dtype``."""
+    parts = {"transformer": transformer, "vae": vae}
     weights = {name: {k: v.to(dtype) for k, v in part.state_dict().items()} for name, part in parts.items()}
-    configs = {name: public_config(part.config) for name, part in parts.items()}
-    return Bundle(
-        "merged", model.prompt.to("cpu", dtype), weights["transformer"], weights["vae"], configs, model.defaults, notes
-    )
-
-
-def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A diffusers configuration without its private entries."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    configs = {name: {k: v for k, v in part.config.items() if not k.startswith("_")} for name, part in parts.items()}
+    return Bundle("merged", prompt.to("cpu", dtype), weights["transformer"], weights["vae"], configs, defaults, notes)
 
 
 def folder_shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
     """Weight shapes that the configuration of an SD3 folder's "transformer" or "vae" implies; no weight is read."""
+    return lora_module.weight_shapes(_folder_model(path, part))
+
+
+def check_folder(path: Path, part: str) -> None:
+    """Raise ``ValueError`` unless the weight files of an SD3 folder's part hold what its configuration asks for.
+
+    Only the headers of the safetensors files are read.
+    """
+    expected = {name: list(tensor.shape) for name, tensor in _folder_model(path, part).state_dict().items()}
+    found: dict[str, list[int]] = {}
+    for file in sorted((path / part).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                found |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise ValueError(
+            f"{path / part}: {len(wrong)} weights are missing, unexpected or of other shapes: {', '.join(wrong[:8])}"
+        )
+
+
+def _folder_model(path: Path, part: str) -> Any:
+    """The model of a folder's configuration on the meta device."""
     config = _read_config(path, part)
-    with torch.device("meta"):
-        return lora_module.weight_shapes(_CLASSES[part].from_config(config))
+    try:
+        with torch.device("meta"):
+            return _CLASSES[part].from_config(config)
+    except (TypeError, ValueError, LookupError) as error:
+        raise ValueError(f"{path / part / 'config.json'} cannot be used: {error}") from error
 
 
 def _load_part(path: Path, part: str, dtype: torch.dtype) -> Any:
     _read_config(path, part)
     try:
-        return _CLASSES[part].from_pretrained(path / part, torch_dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, report = _CLASSES[part].from_pretrained(
+            path / part, torch_dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path / part} cannot be loaded: {error}") from error
+    wrong = [f"{name} ({kind})" for kind in ("missing", "unexpected") for name in report[f"{kind}_keys"]]
+    if wrong:
+        raise ValueError(f"{path / part} does not match its configuration, {len(wrong)} weights: {', '.join(wrong[:8])}")
+    return model
 
 
 def _read_config(path: Path, part: str) -> dict[str, Any]:
     file, expected = path / part / "config.json", _CLASSES[part].__name__
     try:
-        config = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not an SD3 folder in diffusers' layout: {file}: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is no configuration: expected the one of {expected}")
     if config.get("_class_name") != expected:
         raise ValueError(f"{file} is for a {config.get('_class_name')}: expected {expected}, as in SD3 medium")
     return config

@@ -7,13 +7,12 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
-import tifffile
 import torch
 from PIL import Image, ImageCms
 from torch import Tensor
 
+from . import deep_images
 from .files import atomic_path
 
 log = logging.getLogger("tsdsr")
@@ -25,6 +24,8 @@ FORMATS = {
 _ALPHA = {"PNG", "WEBP", "TIFF"}
 _DEEP = {"PNG", "TIFF"}
 """Formats that hold 16 bits."""
+_LONGEST = {"JPEG": 65500, "WEBP": 16383}
+"""Longest sides in pixels that the encoders write."""
 _QUALITY = 95
 _EXIF_ORIENTATION = 0x0112
 
@@ -45,6 +46,10 @@ class Picture:
     exif: bytes | None = None
 
 
+class _RefusedError(ValueError):
+    """A file that is read well but not wanted; the message follows the file's name."""
+
+
 def read_picture(path: Path) -> Picture:
     """Read a picture with its EXIF orientation applied; CMYK becomes sRGB through its profile.
 
@@ -54,55 +59,79 @@ def read_picture(path: Path) -> Picture:
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: unknown format; expected one of {', '.join(FORMATS)}")
     try:
-        with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones add depth or gain maps to a JPEG
-                raise ValueError(f"{path} is animated or has several pages: give single pictures")
-            deep = any(";16" in str(tile) for tile in image.tile)  # Pillow would round colours to 8 bits, silently
-            image.load()
-            exif = image.getexif()
-            array = _read_deep(path, image) if deep else _to_8_bit(path, image)
+        return _read_deep_tiff(path) or _read_with_pillow(path)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow says SyntaxError of broken PNGs
+    except _RefusedError as error:
+        raise ValueError(f"{path} {error}") from None
+    except Exception as error:  # of damaged files, decoders raise whatever they stumble over
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def _read_deep_tiff(path: Path) -> Picture | None:
+    tiff = deep_images.read_tiff(path)
+    return tiff and _picture(_upright(tiff.array, tiff.orientation), tiff.icc, None)
+
+
+def _read_with_pillow(path: Path) -> Picture:
+    with Image.open(path) as image:
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # phones add depth or gain maps to a JPEG
+            raise _RefusedError("is animated or has several pages: give single pictures")
+        deep = image.format == "PNG" and any(";16" in str(tile) for tile in image.tile)
+        image.load()
+        exif = image.getexif()
+        array = deep_images.read_png(path, image.info.get("transparency")) if deep else _to_8_bit(image)
     array = _upright(array, exif.pop(_EXIF_ORIENTATION, 1))
     icc = None if image.mode == "CMYK" else image.info.get("icc_profile")
+    return _picture(array, icc, _exif_bytes(path, exif) if "exif" in image.info else None)  # a TIFF's own tags are not kept
+
+
+def _picture(array: np.ndarray, icc: bytes | None, exif: bytes | None) -> Picture:
     values = torch.from_numpy(array.astype(np.float32) / np.iinfo(array.dtype).max).permute(2, 0, 1)[None]
     grey = values.shape[1] < 3
     return Picture(
         rgb=values[:, :1].repeat(1, 3, 1, 1) if grey else values[:, :3],
         alpha=values[:, -1:] if values.shape[1] in (2, 4) else None,
         grey=grey,
-        deep=deep,
+        deep=array.dtype == np.uint16,
         icc=icc,
-        exif=exif.tobytes() if "exif" in image.info and len(exif) else None,  # a TIFF's own tags are not kept
+        exif=exif,
     )
+
+
+def _exif_bytes(path: Path, exif: Image.Exif) -> bytes | None:
+    try:
+        return exif.tobytes() if len(exif) else None
+    except Exception as error:  # odd EXIF is common in good photographs, and fails in many ways
+        log.warning("%s: its EXIF data is damaged and left out (%s)", path, error)
+        return None
 
 
 def write_picture(path: Path, picture: Picture) -> None:
     """Write a picture in the format of its suffix, all or nothing; JPEG and WebP at quality 95.
 
     Raises:
-        ValueError: for an unknown suffix, or alpha in a format without it.
+        ValueError: for an unknown suffix, alpha in a format without it, or a size beyond the format's.
     """
-    kind = output_format(path, picture.alpha is not None)
+    kind = check_output(path, picture.alpha is not None, (picture.rgb.shape[2], picture.rgb.shape[3]))
     deep = picture.deep and kind in _DEEP
     if picture.deep and not deep:
         log.warning("%s: %s holds 8 of the input's 16 bits", path, kind)
     array = _to_array(picture, 65535 if deep else 255)
-    if deep and array.shape[2] == 2:  # OpenCV writes no deep grey with alpha, and Pillow reads none from TIFF
-        array = array[..., [0, 0, 0, 1]]
+    if array.shape[2] < 3 and (kind == "WEBP" or (deep and kind == "PNG" and array.shape[2] == 2)):
+        array = array[..., [0, 0, 0, 1][: array.shape[2] + 2]]  # WebP has no grey, and OpenCV no deep grey with alpha
+    icc = None if picture.icc and _is_grey_profile(picture.icc) != (array.shape[2] < 3) else picture.icc
     with atomic_path(path) as temporary:
         if deep and kind == "TIFF":
-            _write_deep_tiff(temporary, array, picture)
+            deep_images.write_tiff(temporary, array, icc)
         elif deep:
-            _write_deep_png(temporary, array, picture)
+            deep_images.write_png(temporary, array, icc, picture.exif)
         else:
-            _write_pillow(temporary, array, picture, kind)
+            _write_pillow(temporary, array, kind, icc, picture.exif)
 
 
-def output_format(path: Path, has_alpha: bool) -> str:
-    """Pillow's name of the format that ``path`` asks for.
+def check_output(path: Path, has_alpha: bool, size: tuple[int, int]) -> str:
+    """Pillow's name of the format that ``path`` asks for, which can hold alpha and (height, width) pixels.
 
     Raises:
         ValueError: as ``write_picture``.
@@ -112,24 +141,18 @@ def output_format(path: Path, has_alpha: bool) -> str:
         raise ValueError(f"{path}: unknown format; expected one of {', '.join(FORMATS)}")
     if has_alpha and kind not in _ALPHA:
         raise ValueError(f"{path}: {kind} cannot hold the alpha channel of the input; write .png, .webp or .tif")
+    longest = _LONGEST.get(kind)
+    if longest and max(size) > longest:
+        raise ValueError(
+            f"{path}: {kind} holds at most {longest} pixels a side, this is {size[1]}x{size[0]}; write .png or .tif"
+        )
     return kind
 
 
-def _read_deep(path: Path, image: Image.Image) -> np.ndarray:
-    """uint16 ``(H, W, 1..4)``."""
-    array = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    if array is None or array.dtype != np.uint16:
-        raise OSError("its 16-bit layout is not supported")
-    array = array[..., None] if array.ndim == 2 else array[..., [2, 1, 0, 3][: array.shape[2]]]  # OpenCV has BGR(A)
-    if image.mode == "LA" and array.shape[2] == 4:
-        array = array[..., [0, 3]]
-    return array
-
-
-def _to_8_bit(path: Path, image: Image.Image) -> np.ndarray:
+def _to_8_bit(image: Image.Image) -> np.ndarray:
     """uint8 ``(H, W, 1..4)``."""
     if image.mode in ("I", "F"):
-        raise ValueError(f"{path} has 32 bits per channel: expected 8 or 16")
+        raise _RefusedError("has 32 bits per channel: expected 8 or 16")
     if image.mode == "CMYK":
         image = _cmyk_to_srgb(image)
     elif image.mode in ("1", "L"):
@@ -177,7 +200,12 @@ def _to_array(picture: Picture, full: int) -> np.ndarray:
     return values.astype(np.uint8 if full == 255 else np.uint16)
 
 
-def _write_pillow(path: Path, array: np.ndarray, picture: Picture, kind: str) -> None:
+def _is_grey_profile(icc: bytes) -> bool:
+    """Whether an ICC profile describes grey; the colour space stands at byte 16 of the header."""
+    return icc[16:20] == b"GRAY"
+
+
+def _write_pillow(path: Path, array: np.ndarray, kind: str, icc: bytes | None, exif: bytes | None) -> None:
     image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
     options: dict[str, object] = {
         "JPEG": {"quality": _QUALITY, "subsampling": 0},
@@ -185,28 +213,6 @@ def _write_pillow(path: Path, array: np.ndarray, picture: Picture, kind: str) ->
         "TIFF": {"compression": "tiff_adobe_deflate"},
     }.get(kind, {})
     if kind != "BMP":
-        options |= {"icc_profile": picture.icc} if picture.icc else {}
-        options |= {"exif": picture.exif} if picture.exif else {}
+        options |= {"icc_profile": icc} if icc else {}
+        options |= {"exif": exif} if exif else {}
     image.save(path, kind, **options)
-
-
-def _write_deep_png(path: Path, array: np.ndarray, picture: Picture) -> None:
-    if array.shape[2] >= 3:
-        array = array[..., [2, 1, 0, 3][: array.shape[2]]]
-    kept = {cv2.IMAGE_METADATA_ICCP: picture.icc, cv2.IMAGE_METADATA_EXIF: picture.exif}
-    kinds = [kind for kind, value in kept.items() if value]
-    values = [np.frombuffer(kept[kind] or b"", np.uint8)[None] for kind in kinds]
-    if not cv2.imwriteWithMetadata(str(path), array, kinds, values):
-        raise OSError(f"{path} cannot be written")
-
-
-def _write_deep_tiff(path: Path, array: np.ndarray, picture: Picture) -> None:
-    tifffile.imwrite(
-        path,
-        array[..., 0] if array.shape[2] == 1 else array,
-        photometric="minisblack" if array.shape[2] == 1 else "rgb",
-        planarconfig="contig",
-        extrasamples=["unassalpha"] if picture.alpha is not None else None,
-        compression="zlib",
-        iccprofile=picture.icc,
-    )

@@ -39,7 +39,7 @@ def collect(inputs: Sequence[str]) -> Inputs:
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            matches = sorted(p for p in path.iterdir() if p.suffix.lower() in FORMATS and p.is_file())
+            matches = sorted(p for p in path.iterdir() if is_picture(p))
         elif path.exists():
             matches = [path]
         else:
@@ -49,6 +49,11 @@ def collect(inputs: Sequence[str]) -> Inputs:
             raise ValueError(f"{text}: {what}")
         found.update(dict.fromkeys(matches))
     return Inputs(tuple(found), len(inputs) == 1 and Path(inputs[0]).is_file())
+
+
+def is_picture(path: Path) -> bool:
+    """Whether ``path`` is a file with a picture's suffix; the hidden files of some systems are not."""
+    return path.suffix.lower() in FORMATS and not path.name.startswith(".") and path.is_file()
 
 
 def plan_jobs(inputs: Inputs, output: Path, existing: str) -> list[Job]:
@@ -65,7 +70,9 @@ def plan_jobs(inputs: Inputs, output: Path, existing: str) -> list[Job]:
     if inputs.single and names_file:
         outputs = [output]
     elif names_file:
-        raise ValueError(f"-o {output}: expected a folder, since there are several inputs")
+        raise ValueError(f"-o {output}: expected a folder, since the input is not one named file")
+    elif inputs.single and output.suffix and not output.is_dir():
+        raise ValueError(f"-o {output}: unknown format {output.suffix!r}; expected one of {', '.join(FORMATS)}, or a folder")
     elif output.is_file():
         raise ValueError(f"-o {output} is a file of no known picture format ({', '.join(FORMATS)})")
     else:

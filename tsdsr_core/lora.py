@@ -78,6 +78,9 @@ def load_lora(path: Path, expected: str | None = None) -> Lora:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    not_finite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if not_finite:
+        raise ValueError(f"{path} has NaN or infinite values in {_some(not_finite)}: it is damaged")
     try:
         lora = parse_lora(tensors)
     except ValueError as error:
@@ -91,18 +94,21 @@ def parse_lora(tensors: Mapping[str, Tensor]) -> Lora:
     """Pair the factors of a LoRA state dict and tell its target.
 
     Raises:
-        ValueError: for keys that are not PEFT's, factors without a partner or that do not multiply, mixed targets.
+        ValueError: for keys that are not PEFT's or stand twice, factors without a partner or that do not multiply,
+            mixed targets.
     """
     parts: dict[str, dict[str, Tensor]] = {}
-    foreign = []
+    foreign, again = [], []
     for key, tensor in tensors.items():
         module, part = _split(key)
         if part is None:
             foreign.append(key)
-        else:
-            parts.setdefault(module, {})[part] = tensor
+        elif parts.setdefault(module, {}).setdefault(part, tensor) is not tensor:
+            again.append(key)
     if foreign or not parts:
         raise ValueError(f"not a PEFT LoRA: unexpected keys {_some(foreign)}" if foreign else "the LoRA is empty")
+    if again:
+        raise ValueError(f"the LoRA has modules twice, under different prefixes: {_some(again)}")
     broken = [name for name, found in parts.items() if not _multiplies(found)]
     if broken:
         raise ValueError(f"incomplete or mismatched LoRA factors for {_some(broken)}")

@@ -11,6 +11,8 @@ from torch import Tensor
 _LUMA = (65.481, 128.553, 24.966)
 _BLACK = 16.0
 _PEAK = 255.0
+SSIM_WINDOW = 11
+"""Side of the SSIM window and least side of a picture, in pixels."""
 
 
 def luma(image: Tensor) -> Tensor:
@@ -38,7 +40,7 @@ def ssim_y(image: Tensor, reference: Tensor) -> Tensor:
     """
     _check_shapes(image, reference)
     x, y = luma(image), luma(reference)
-    offsets = torch.arange(11, dtype=torch.float64, device=x.device) - 5
+    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=x.device) - SSIM_WINDOW // 2
     row = torch.exp(-(offsets**2) / (2 * 1.5**2))
     window = torch.outer(row, row) / row.sum() ** 2
     mean_x, mean_y, xx, yy, xy = F.conv2d(torch.cat((x, y, x * x, y * y, x * y)), window[None, None]).chunk(5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -33,6 +34,11 @@ def plan_size(size: Size, scale: float, multiple: int, process_size: int) -> Siz
     if not all(work):
         raise ValueError(f"the official recipe floors {width}x{height} pixels to nothing: use the default recipe")
     return SizePlan(target=(size[0] * factor, size[1] * factor), work=work, padded=work)
+
+
+def enlarge(image: Tensor, size: Size) -> Tensor:
+    """Bicubic without anti-aliasing, also where floored sizes are below those of the input."""
+    return F.interpolate(image, size, mode="bicubic", align_corners=False).clamp(0, 1)
 
 
 def finish(restored: Tensor, image: Tensor, target: Size, colour_fix: str, wavelet_levels: int) -> Tensor:

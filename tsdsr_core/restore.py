@@ -80,6 +80,8 @@ class Recipe:
     sizes: Callable[[Size, float, int, int], SizePlan]
     tiles: Callable[[int, int, TileSettings], TilePlan]
     window: Callable[[int, int], Tensor]
+    enlarge: Callable[[Tensor, Size], Tensor]
+    """Image in 0..1 and a (height, width) -> what is encoded, in 0..1."""
     finish: Callable[[Tensor, Tensor, Size, Options], Tensor]
 
 
@@ -95,7 +97,7 @@ def restore(image: Tensor, model: Model, options: Options, progress: Progress = 
         progress: told of each finished image (encode, decode) and tile batch (step).
 
     Returns:
-        ``(B, 3, round(scale H), round(scale W))`` in 0..1.
+        ``(B, 3, scale H, scale W)`` in 0..1, the sides to the nearest pixel, halves up.
 
     Raises:
         ValueError: for an impossible option or a non-finite input, before any work.
@@ -112,16 +114,16 @@ def restore(image: Tensor, model: Model, options: Options, progress: Progress = 
 
 def restore_at(image: Tensor, size: SizePlan, model: Model, options: Options, progress: Progress = _quiet) -> Tensor:
     """The restored batch at its working size ``(B, 3, *size.work)`` in 0..1, before the colour fix."""
-    x = to_pixels(image, size)
+    x = to_pixels(image, size, RECIPES[options.recipe].enlarge)
     z = model.scaling_factor * _one_by_one(model.encode, x, "encode", progress)
     z = one_step(z, predict_velocity(z, model, options, progress), options.strength)
     y = _one_by_one(model.decode, z / model.scaling_factor, "decode", progress)
     return from_pixels(y, size)
 
 
-def to_pixels(image: Tensor, size: SizePlan) -> Tensor:
+def to_pixels(image: Tensor, size: SizePlan, enlarge: Callable[[Tensor, Size], Tensor] | None = None) -> Tensor:
     """``image`` in 0..1 as the encoder takes it: enlarged and padded to ``size.padded``, in -1..1."""
-    return pad_to(bicubic(image, size.work), size.padded) * 2 - 1
+    return pad_to((enlarge or bicubic)(image, size.work), size.padded) * 2 - 1
 
 
 def from_pixels(pixels: Tensor, size: SizePlan) -> Tensor:
@@ -146,7 +148,7 @@ def tile_settings(model: Model, options: Options) -> TileSettings:
 def bicubic(image: Tensor, size: Size) -> Tensor:
     """``image`` at ``size`` (height, width): bicubic, clamped to 0..1; anti-aliased only where it shrinks."""
     if image.shape[2:] == size:
-        return image
+        return image.clamp(0, 1)
     shrinks = size[0] < image.shape[2] or size[1] < image.shape[3]
     return F.interpolate(image, size, mode="bicubic", align_corners=False, antialias=shrinks).clamp(0, 1)
 
@@ -189,6 +191,6 @@ def _finish_official(restored: Tensor, image: Tensor, target: Size, options: Opt
 
 
 RECIPES = {
-    "default": Recipe(plan_size, even_tiles, centred_window, finish),
-    "official": Recipe(official.plan_size, official_tiles, official_window, _finish_official),
+    "default": Recipe(plan_size, even_tiles, centred_window, bicubic, finish),
+    "official": Recipe(official.plan_size, official_tiles, official_window, official.enlarge, _finish_official),
 }

@@ -10,7 +10,7 @@ import torch
 from ..bundle import Bundle, write_bundle
 from ..device import DTYPES
 from ..diffusers_models import merged_bundle
-from .model_options import add_source_arguments, load_model, load_official
+from .model_options import add_source_arguments, has_strengths, load_model, load_official
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +40,16 @@ def run(options: argparse.Namespace) -> int:
 def _merged(options: argparse.Namespace, dtype: torch.dtype, notes: dict[str, str]) -> Bundle:
     if not options.model:
         raise ValueError("--merge needs --model: the SD3 folder to merge the LoRAs into")
+    if not Path(options.model).is_dir():
+        raise ValueError(f"--model {options.model}: expected an SD3 folder; the built-in model and bundles are merged already")
     model = load_model(options, torch.device("cpu"), torch.float32)
-    return merged_bundle(model, dtype, notes)
+    return merged_bundle(model.transformer, model.vae, model.prompt, dtype, model.defaults, notes)
 
 
 def _loras(options: argparse.Namespace, dtype: torch.dtype, notes: dict[str, str]) -> Bundle:
     if options.model or options.lora_dir is None:
         raise ValueError("expected --lora-dir, or --model with --merge for a self-contained bundle")
-    if options.lora_strength != 1 or options.vae_lora_strength != 1:
+    if has_strengths(options):
         raise ValueError("LoRA strengths are chosen when the LoRAs are used, or with --merge")
     loras, prompt = load_official(options.lora_dir, options.embedding_dir)
     tensors = [{key: t.to(dtype) for key, t in lora.state_dict().items()} for lora in loras]

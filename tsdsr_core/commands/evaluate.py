@@ -14,7 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ..image_io import FORMATS, read_picture
-from ..metrics import mean, psnr_y, ssim_y
+from ..jobs import is_picture
+from ..metrics import SSIM_WINDOW, mean, psnr_y, ssim_y
 from ..restore import bicubic
 
 Metric = Callable[[Tensor, Tensor], float]
@@ -46,16 +47,28 @@ def run(options: argparse.Namespace) -> int:
     for name, image_path, reference_path in pairs:
         reference = read_picture(reference_path).rgb
         image = read_picture(image_path).rgb
-        if image.shape[2] > reference.shape[2] or image.shape[3] > reference.shape[3]:
-            raise ValueError(f"{image_path} is larger than its reference {reference_path}: scales differ")
+        check_sizes(image_path, image, reference_path, reference)
         image = bicubic(image, (reference.shape[2], reference.shape[3]))
         rows[name] = {metric: function(image, reference) for metric, function in metrics.items()}
     means = {metric: mean([row[metric] for row in rows.values()]) for metric in metrics}
     if options.json:
-        print(json.dumps({"files": rows, "mean": means}))
+        report = {"files": rows, "mean": means}
+        print(json.dumps(json.loads(json.dumps(report), parse_constant=lambda _: None)))  # JSON has no infinity
     else:
         _print_table(rows, means)
     return 0
+
+
+def check_sizes(image_path: Path, image: Tensor, reference_path: Path, reference: Tensor) -> None:
+    """Raise ``ValueError`` unless ``image`` is its reference made smaller, to the pixel, and large enough to compare."""
+    (height, width), (full_height, full_width) = image.shape[2:], reference.shape[2:]
+    sizes = f"{image_path} ({width}x{height}) and its reference {reference_path} ({full_width}x{full_height})"
+    if height > full_height or width > full_width:
+        raise ValueError(f"{sizes}: the reference is smaller")
+    if abs(height - width * full_height / full_width) > 1 and abs(width - height * full_width / full_height) > 1:
+        raise ValueError(f"{sizes} have different proportions")
+    if min(full_height, full_width) < SSIM_WINDOW:
+        raise ValueError(f"{sizes}: expected at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels")
 
 
 def match_pairs(images: Path, references: Path) -> list[tuple[str, Path, Path]]:
@@ -77,7 +90,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
         raise ValueError(f"{folder}: there is no such folder")
     paths: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in FORMATS and (other := paths.setdefault(path.stem, path)) != path:
+        if is_picture(path) and (other := paths.setdefault(path.stem, path)) != path:
             raise ValueError(f"{other} and {path} have the same name: pictures are matched by name without suffix")
     if not paths:
         raise ValueError(f"{folder} has no pictures ({', '.join(FORMATS)})")

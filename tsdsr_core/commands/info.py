@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..bundle import is_bundle, read_bundle
-from ..diffusers_models import folder_shapes, load_bundle
+from ..diffusers_models import check_folder, folder_shapes, load_bundle
 from ..lora import TRANSFORMER_FILE, VAE_FILE, Lora, check_fit, load_lora
 from ..prompt import POOLED_FILE, POOLED_KEY, TOKENS_FILE, TOKENS_KEY, PromptEmbeds, load_prompt
 from ..sd3 import POOLED_SHAPE, TOKENS_SHAPE, model_shapes
@@ -31,7 +31,8 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(facts))
     else:
         for name, value in facts.items():
-            print(f"{name:12} {value}")
+            text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            print(f"{name:12} {text}")
     return int(facts.get("fits") is False)
 
 
@@ -56,7 +57,8 @@ def _folder(path: Path, model: Path | None) -> dict[str, Any]:
     parts = [part for part in ("transformer", "vae") if (path / part / "config.json").is_file()]
     if parts:
         return _model_folder(path, parts)
-    loras = [load_lora(path / name) for name in (TRANSFORMER_FILE, VAE_FILE) if (path / name).is_file()]
+    files = {"transformer": path / TRANSFORMER_FILE, "vae": path / VAE_FILE}
+    loras = [load_lora(file, part) for part, file in files.items()] if any(f.is_file() for f in files.values()) else []
     facts = _loras(loras, model) if loras else {}
     if (path / TOKENS_FILE).is_file():
         prompt = _prompt(load_prompt(path))
@@ -77,8 +79,10 @@ def _model_folder(path: Path, parts: list[str]) -> dict[str, Any]:
     shapes = {part: folder_shapes(path, part) for part in parts}
     for part in parts:
         facts[part] = f"{len(shapes[part])} weight matrices"
+    for part in parts:
+        check_folder(path, part)
     facts["fits"] = len(parts) == 2 and all(shapes[part] == model_shapes(part) for part in parts)
-    facts["checked"] = "same shapes as SD3 medium"
+    facts["checked"] = "the weight files are whole, with the shapes of SD3 medium"
     return facts
 
 
@@ -105,11 +109,14 @@ def _bundle(path: Path, model: Path | None) -> dict[str, Any]:
         facts |= {name: value for name, value in _loras(list(bundle.loras()), model).items() if name != "kind"}
     else:
         load_bundle(bundle, torch.device("cpu"), torch.float32)  # raises where weights and configuration disagree
+        damaged = [k for part in (bundle.transformer, bundle.vae) for k, w in part.items() if not torch.isfinite(w).all()]
+        if damaged:
+            raise ValueError(f"{path} has NaN or infinite values in {', '.join(damaged[:8])}: it is damaged")
         facts["fits"] = True
         facts["checked"] = "weights against the stored configuration"
     facts |= {"parameters": count, "size": f"{path.stat().st_size / 1e6:.1f} MB"}
     facts |= {"tokens": tuple(bundle.prompt.tokens.shape), "pooled": tuple(bundle.prompt.pooled.shape)}
-    return facts | dict(bundle.defaults) | dict(bundle.notes)
+    return facts | {"defaults": dict(bundle.defaults), "notes": dict(bundle.notes)}
 
 
 def _prompt(prompt: PromptEmbeds) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -46,9 +47,12 @@ def load_model(options: argparse.Namespace, device: torch.device, dtype: torch.d
         ValueError: where it is missing, damaged or does not fit, saying which option to change.
     """
     path = Path(options.model)
+    check_strengths(options)
     if options.model == "builtin" or path.is_file():
-        if options.lora_dir or options.embedding_dir:
-            raise ValueError(f"--lora-dir and --embedding-dir go with an SD3 folder, not with --model {options.model}")
+        if options.lora_dir or options.embedding_dir or has_strengths(options):
+            raise ValueError(
+                f"--lora-dir, --embedding-dir and LoRA strengths go with an SD3 folder, not with --model {options.model}"
+            )
         return load_builtin(device, dtype) if options.model == "builtin" else load_bundle(read_bundle(path), device, dtype)
     if not path.is_dir():
         raise ValueError(f"--model {options.model}: expected builtin, a bundle file or an SD3 folder; there is none")
@@ -56,6 +60,18 @@ def load_model(options: argparse.Namespace, device: torch.device, dtype: torch.d
         raise ValueError("--model with an SD3 folder needs --lora-dir: the base model alone does not restore")
     loras, prompt = load_official(options.lora_dir, options.embedding_dir)
     return load_folder(path, loras, prompt, device, dtype, options.lora_strength, options.vae_lora_strength)
+
+
+def check_strengths(options: argparse.Namespace) -> None:
+    """Raise ``ValueError`` for a LoRA strength that is no finite number."""
+    for name, value in (("--lora-strength", options.lora_strength), ("--vae-lora-strength", options.vae_lora_strength)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} {value}: expected a finite number, such as 1")
+
+
+def has_strengths(options: argparse.Namespace) -> bool:
+    """Whether a LoRA strength other than 1 was asked for."""
+    return options.lora_strength != 1 or options.vae_lora_strength != 1
 
 
 def load_official(lora_dir: Path, embedding_dir: Path | None) -> tuple[tuple[Lora, Lora], PromptEmbeds]:

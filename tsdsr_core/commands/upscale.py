@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import PartialState
@@ -22,7 +23,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..colour import METHODS
 from ..device import choose_device, choose_dtype
 from ..diffusers_models import DiffusersModel
-from ..image_io import Picture, output_format, read_picture, write_picture
+from ..geometry import target_size
+from ..image_io import Picture, check_output, read_picture, write_picture
 from ..jobs import Job, collect, plan_jobs
 from ..memory import is_out_of_memory
 from ..restore import RECIPES, Options, bicubic, restore, tile_settings
@@ -51,13 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser, default_model="builtin")
     parser.add_argument("--scale", type=float, default=Options.scale, help="enlargement, 1 to 16, fractions allowed")
     parser.add_argument("--color", choices=METHODS, default=Options.colour_fix, help="colour fix")
-    parser.add_argument("--strength", type=float, default=Options.strength, help="of the step: 0 keeps the picture")
+    parser.add_argument(
+        "--strength", type=float, default=Options.strength, help="of the step: 0 is a round trip through the VAE"
+    )
     parser.add_argument("--recipe", choices=RECIPES, default=Options.recipe, help="official: pixels as published")
     parser.add_argument("--tile", type=int, default=TILE, help="tile side in latent cells")
     parser.add_argument("--tile-overlap", type=int, default=OVERLAP, help="least overlap of tiles in latent cells")
     parser.add_argument("--tile-batch", type=_tile_batch, default="auto", help="tiles at once, a number or auto")
     parser.add_argument("--posterior", choices=("mode", "sample"), default="mode", help="of the VAE encoder")
-    parser.add_argument("--seed", type=int, default=0, help="of --posterior sample, for each picture anew")
+    parser.add_argument("--seed", type=int, default=0, help="of --posterior sample, the same for each picture")
     add_device_arguments(parser)
     parser.add_argument("--existing", choices=("error", "skip", "overwrite"), default="error", help="for results there are")
     parser.add_argument("--json", action="store_true", help="report as one JSON object on standard output")
@@ -69,9 +73,16 @@ def run(options: argparse.Namespace) -> int:
         scale=options.scale, colour_fix=options.color, strength=options.strength, recipe=options.recipe,
         tile=options.tile, tile_overlap=options.tile_overlap, tile_batch=options.tile_batch,
     )  # fmt: skip
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1")
     jobs = plan_jobs(collect(options.inputs), options.output, options.existing)
-    shared = PartialState(cpu=options.device == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-    device: torch.device = shared.device if shared else choose_device(options.device)  # type: ignore[assignment]
+    device = choose_device(options.device)
+    if all(job.skip for job in jobs):
+        _report([Outcome(str(job.input), str(job.output), "skipped") for job in jobs], options.json)
+        return 0
+    shared = PartialState(cpu=device.type == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    if shared:
+        device = cast(torch.device, shared.device)  # each process has its own
     model = load_model(options, device, choose_dtype(options.dtype, device))
     chosen = replace(chosen, **model.defaults)
     tile_settings(model.restorer(), chosen)  # settings that do not suit the model end here, not once per picture
@@ -79,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         outcomes = _run_jobs(jobs, model, chosen, options)
     else:
         with shared.split_between_processes(jobs) as mine:
-            outcomes = _run_jobs(mine, model, chosen, options)  # type: ignore[arg-type]
+            outcomes = _run_jobs(cast(list[Job], mine), model, chosen, options)
         outcomes = gather_object(outcomes)
     if shared is None or shared.is_main_process:
         _report(outcomes, options.json)
@@ -98,7 +109,8 @@ def _run_jobs(jobs: list[Job], model: DiffusersModel, chosen: Options, options: 
             try:
                 size = _upscale_file(job, model, chosen, options)
             except (ValueError, OSError, FloatingPointError) as error:
-                outcomes.append(Outcome(*names, "failed", error=str(error)))
+                named = str(error) if names[0] in str(error) else f"{names[0]}: {error}"
+                outcomes.append(Outcome(*names, "failed", error=named))
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -112,7 +124,8 @@ def _run_jobs(jobs: list[Job], model: DiffusersModel, chosen: Options, options: 
 def _upscale_file(job: Job, model: DiffusersModel, chosen: Options, options: argparse.Namespace) -> tuple[int, int]:
     """Restore one file; returns (width, height) of the result."""
     picture = read_picture(job.input)
-    output_format(job.output, picture.alpha is not None)  # refused before the work, not after
+    size = target_size((picture.rgb.shape[2], picture.rgb.shape[3]), chosen.scale)
+    check_output(job.output, picture.alpha is not None, size)  # refused before the work, not after
     with tqdm(leave=False, disable=None, unit="tile") as bar:
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -121,11 +134,10 @@ def _upscale_file(job: Job, model: DiffusersModel, chosen: Options, options: arg
 
         with torch.inference_mode():
             rgb = restore(picture.rgb.to(model.device), model.restorer(options.posterior, options.seed), chosen, progress)
-    height, width = rgb.shape[2:]
-    alpha = None if picture.alpha is None else bicubic(picture.alpha, (height, width))
+    alpha = None if picture.alpha is None else bicubic(picture.alpha, size)
     result = Picture(rgb.cpu(), alpha, picture.grey, picture.deep, picture.icc, picture.exif)
     write_picture(job.output, result)
-    return width, height
+    return size[1], size[0]
 
 
 def _report(outcomes: list[Outcome], as_json: bool) -> None:
@@ -141,4 +153,6 @@ def _report(outcomes: list[Outcome], as_json: bool) -> None:
 
 
 def _tile_batch(text: str) -> int | None:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number or auto")
     return None if text == "auto" else int(text)

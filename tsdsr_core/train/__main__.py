@@ -13,7 +13,7 @@ from .config import check, read_config
 from .data import load_photos
 from .degradations import PRESETS
 from .evaluation import SIDE, make_evaluation_set
-from .supervised import export, load_checkpoint, new_state, read_checkpoint_config, train
+from .supervised import CHECKPOINT, export, load_checkpoint, new_state, read_checkpoint_config, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,8 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     config = read_config(options.config)
-    config = replace(config, steps=options.steps or config.steps)
+    config = replace(config, steps=config.steps if options.steps is None else options.steps)
     check(config)
+    if options.resume is None and (options.out / CHECKPOINT).exists():
+        raise ValueError(
+            f"{options.out / CHECKPOINT} exists: go on with --resume {options.out / CHECKPOINT}, or choose another --out"
+        )
     photos = load_photos(options.photos, config.crop + 16 * config.scale)
     state = load_checkpoint(options.resume, config) if options.resume else new_state(config)
     train(state, config, photos, options.out)

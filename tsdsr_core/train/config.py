@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -62,10 +63,16 @@ def read_config(path: Path) -> SupervisedConfig:
 def check(config: SupervisedConfig) -> None:
     """Raise ``ValueError`` for a setting that cannot be trained with."""
     unknown = sorted(set(config.presets) - set(PRESETS))
-    if unknown or not config.presets:
-        raise ValueError(f"presets = {config.presets}: expected weights for some of {', '.join(PRESETS)}")
-    if config.crop % (2 * config.scale) or config.crop < 4 * config.scale:
-        raise ValueError(f"crop = {config.crop}: expected a multiple of {2 * config.scale}, at least {4 * config.scale}")
+    weights = config.presets.values()
+    if unknown or not all(isinstance(w, int | float) and w >= 0 for w in weights) or not sum(weights) > 0:
+        raise ValueError(f"presets = {config.presets}: expected weights of at least 0 for some of {', '.join(PRESETS)}")
+    multiple = math.lcm(8, config.scale)  # 8 pixels are a patch of the small model
+    if config.crop % multiple or config.crop < 4 * config.scale:
+        raise ValueError(f"crop = {config.crop}: expected a multiple of {multiple}, at least {4 * config.scale}")
     for name, value in asdict(config).items():
+        if name in ("reconstruction_share", "synthetic_share", "ema_decay") and not 0 <= value <= 1:
+            raise ValueError(f"{name} = {value}: expected a number from 0 to 1")
+        if name in ("learning_rate", "clip_norm") and not value > 0:
+            raise ValueError(f"{name} = {value}: expected a number above 0")
         if name in ("steps", "batch", "scale", "save_every", "wavelet_levels") and value < 1:
             raise ValueError(f"{name} = {value}: expected at least 1")

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Generator, Tensor
 
+from ..image_io import read_picture
+from ..jobs import collect
 from ..restore import bicubic
 from . import synthetic
 from .degradations import degrade
 
 log = logging.getLogger(__name__)
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
 
 @dataclass(frozen=True)
@@ -42,16 +41,14 @@ def load_photos(folders: Sequence[Path], smallest: int) -> list[Tensor]:
         ValueError: if no image is left.
     """
     photos = []
-    for path in sorted(p for folder in folders for p in folder.iterdir() if p.suffix.lower() in SUFFIXES):
+    for path in collect([str(folder) for folder in folders]).paths:
         try:
-            with Image.open(path) as image:
-                if image.mode not in ("RGB", "RGBA") or min(image.size) < smallest:
-                    continue
-                array = np.array(image.convert("RGB"))
-        except OSError as error:
-            log.warning("left out %s: %s", path, error)
+            picture = read_picture(path)
+        except ValueError as error:
+            log.warning("left out: %s", error)
             continue
-        photos.append(torch.from_numpy(array).permute(2, 0, 1))
+        if not picture.grey and min(picture.rgb.shape[2:]) >= smallest:
+            photos.append((picture.rgb[0] * 255).round().byte())
     if not photos:
         names = ", ".join(map(str, folders))
         raise ValueError(f"no colour image of at least {smallest}x{smallest} pixels in {names}")
@@ -67,7 +64,8 @@ class PairSource:
         self.generator = generator
         self.margin = 8 * mixture.scale  # the degradation needs surroundings, or each crop has false borders
         own = torch.Generator().manual_seed(0)  # apart from the run's, or a resumed run would draw other numbers
-        self.synthetic = [synthetic.picture(256, own) for _ in range(32)]
+        side = max(256, mixture.crop + 2 * self.margin)
+        self.synthetic = [synthetic.picture(side, own) for _ in range(32)]
 
     def batch(self, count: int) -> tuple[Tensor, Tensor]:
         """``count`` pairs: bicubically enlarged low quality and high quality, each ``(count, 3, crop, crop)`` in 0..1."""
@@ -77,7 +75,7 @@ class PairSource:
     def _pair(self) -> tuple[Tensor, Tensor]:
         high = self._crop(self.mixture.crop + 2 * self.margin)
         names, weights = zip(*self.mixture.presets, strict=True)
-        preset = names[int(torch.multinomial(torch.tensor(weights), 1, generator=self.generator))]
+        preset = names[int(torch.multinomial(torch.tensor(weights, dtype=torch.float32), 1, generator=self.generator))]
         low = degrade(high, self.mixture.scale, preset, self.generator)
         enlarged = bicubic(low[None], (high.shape[1], high.shape[2]))[0]
         inner = slice(self.margin, self.margin + self.mixture.crop)

@@ -49,7 +49,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Preset:
-    """One or two stages, then the resize to the target size, an optional sinc filter and the last JPEG."""
+    """One or two stages, then the resize to the target size with an optional sinc filter, and a JPEG before or after."""
 
     stages: tuple[Stage, ...]
     final_sinc_probability: float
@@ -89,32 +89,31 @@ def degrade(image: Tensor, scale: int, preset: str, generator: Generator) -> Ten
         generator: CPU generator; the only source of randomness.
 
     Returns:
-        ``(3, H / scale, W / scale)`` in 0..1, rounded to 8 bits by its last JPEG.
+        ``(3, H / scale, W / scale)`` in 0..1, rounded to 8 bits.
     """
     plan = PRESETS[preset]
     height, width = image.shape[1] // scale, image.shape[2] // scale
     for index, stage in enumerate(plan.stages):
         last = index == len(plan.stages) - 1
         image = _blur(image, stage, generator)
-        image = _random_resize(image, stage, generator) if not last else image
-        if last:
-            image = _resize(image, (height, width), _mode(generator))
+        around = (height, width) if last else (image.shape[1], image.shape[2])
+        image = _random_resize(image, around, stage, generator)
         image = _noise(image, stage, generator)
         if not last:
             image = jpeg(image, round(_uniform(stage.jpeg_quality, generator)))
-    return _finish(image, plan, generator)
+    return _finish(image, (height, width), plan, generator)
 
 
-def _finish(image: Tensor, plan: Preset, generator: Generator) -> Tensor:
-    """The final sinc filter and JPEG, in either order."""
+def _finish(image: Tensor, size: tuple[int, int], plan: Preset, generator: Generator) -> Tensor:
+    """The last resize with its sinc filter, and the last JPEG, in either order."""
     quality = round(_uniform(plan.stages[-1].jpeg_quality, generator))
-    sinc_first = _chance(0.5, generator)
-    if not _chance(plan.final_sinc_probability, generator):
-        return jpeg(image, quality)
-    kernel = kernels.sinc(_odd((7, 21), generator), _uniform((math.pi / 3, math.pi), generator))
-    if sinc_first:
-        return jpeg(_filter(image, kernel), quality)
-    return (_filter(jpeg(image, quality), kernel).clamp(0, 1) * 255).round() / 255
+    mode, jpeg_last = _mode(generator), _chance(0.5, generator)
+    side, cutoff = _odd((7, 21), generator), _uniform((math.pi / 3, math.pi), generator)
+    kernel = kernels.sinc(side, cutoff) if _chance(plan.final_sinc_probability, generator) else None
+    image = image if jpeg_last else jpeg(image, quality)
+    image = _resize(image, size, mode)
+    image = image if kernel is None else _filter(image, kernel)
+    return jpeg(image, quality) if jpeg_last else (image.clamp(0, 1) * 255).round() / 255
 
 
 def _blur(image: Tensor, stage: Stage, generator: Generator) -> Tensor:
@@ -137,11 +136,12 @@ def _blur(image: Tensor, stage: Stage, generator: Generator) -> Tensor:
     return _filter(image, shape(size, beta, sigma_x, sigma_y, angle))
 
 
-def _random_resize(image: Tensor, stage: Stage, generator: Generator) -> Tensor:
+def _random_resize(image: Tensor, around: tuple[int, int], stage: Stage, generator: Generator) -> Tensor:
+    """Resize to ``around`` (height, width) times a random factor."""
     choice = int(torch.multinomial(torch.tensor(stage.resize_weights), 1, generator=generator))
     low, high = stage.resize_range
     factor = (_uniform((1.0, high), generator), _uniform((low, 1.0), generator), 1.0)[choice]
-    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[2] * factor)))
+    size = (max(1, round(around[0] * factor)), max(1, round(around[1] * factor)))
     return _resize(image, size, _mode(generator))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pickle
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..bundle import Bundle
 from ..colour import wavelet
-from ..diffusers_models import public_config
+from ..diffusers_models import merged_bundle
 from ..files import atomic_path
 from ..flow import TIMESTEP, one_step
 from ..prompt import PromptEmbeds
@@ -27,6 +28,7 @@ from .config import SupervisedConfig
 from .data import Mixture, PairSource
 
 log = logging.getLogger(__name__)
+CHECKPOINT = "last.pt"
 
 
 @dataclass
@@ -103,7 +105,7 @@ def train(state: State, config: SupervisedConfig, photos: list[Tensor], out: Pat
         shift_positions(state)
         loss = loss_of(state, config, *source.batch(config.batch))
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {state.step}; {out / 'last.pt'} is untouched")
+            raise FloatingPointError(f"the loss is {loss.item()} at step {state.step}; {out / CHECKPOINT} is untouched")
         state.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(state.models.parameters(), config.clip_norm)
@@ -114,11 +116,11 @@ def train(state: State, config: SupervisedConfig, photos: list[Tensor], out: Pat
         if state.step % 20 == 0:
             log.info("step %d  loss %.5f", state.step, running)
         if state.step % config.save_every == 0 or state.step == config.steps:
-            save_checkpoint(state, config, out / "last.pt")
+            save_checkpoint(state, config, out / CHECKPOINT)
 
 
 def shift_positions(state: State) -> None:
-    """Train each crop at a random place of the position table, so that larger tiles meet no unknown position."""
+    """Train each crop at a random place of the position table, so that tiles of 64 cells meet no unknown position."""
     grid = small_model.TRANSFORMER_CONFIG["pos_embed_max_size"]
     original: Tensor = state.ema["transformer"].pos_embed.pos_embed  # type: ignore[union-attr,assignment]
     reach = grid // 5
@@ -152,8 +154,12 @@ def save_checkpoint(state: State, config: SupervisedConfig, path: Path) -> None:
 
 
 def load_checkpoint(path: Path, config: SupervisedConfig) -> State:
-    """Read a run that ``save_checkpoint`` wrote; ``config`` may set a new schedule."""
-    values = torch.load(path, map_location="cpu", weights_only=True)
+    """Read a run that ``save_checkpoint`` wrote; ``config`` may set a new schedule.
+
+    Raises:
+        ValueError: for a missing, damaged or foreign file.
+    """
+    values = _read_checkpoint(path)
     state = new_state(config)
     state.models.load_state_dict(values["models"])
     state.ema.load_state_dict(values["ema"])
@@ -164,20 +170,21 @@ def load_checkpoint(path: Path, config: SupervisedConfig) -> State:
 
 def read_checkpoint_config(path: Path) -> SupervisedConfig:
     """The configuration that a checkpoint was trained with."""
-    values = torch.load(path, map_location="cpu", weights_only=True)
-    return SupervisedConfig(**json.loads(values["config"]))
+    return SupervisedConfig(**json.loads(_read_checkpoint(path)["config"]))
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no checkpoint that can be read: {error}") from error
+    if not isinstance(values, dict) or not {"models", "ema", "optimiser", "generator", "config"} <= set(values):
+        raise ValueError(f"{path} is no checkpoint of this trainer")
+    return values
 
 
 def export(state: State, config: SupervisedConfig) -> Bundle:
     """The averaged weights as a self-contained bundle in fp16."""
-    parts = {name: state.ema[name] for name in ("transformer", "vae")}
-    weights = {name: {key: value.half() for key, value in part.state_dict().items()} for name, part in parts.items()}
-    return Bundle(
-        kind="merged",
-        prompt=state.prompt.to("cpu", torch.float16),
-        transformer=weights["transformer"],
-        vae=weights["vae"],
-        configs={name: public_config(part.config) for name, part in parts.items()},  # type: ignore[arg-type]
-        defaults={"process_size": 0, "wavelet_levels": config.wavelet_levels},
-        notes={"license": "Apache-2.0", "objective": "supervised", "steps": str(state.step), "scale": str(config.scale)},
-    )
+    defaults = {"process_size": 0, "wavelet_levels": config.wavelet_levels}
+    notes = {"license": "Apache-2.0", "objective": "supervised", "steps": str(state.step), "scale": str(config.scale)}
+    return merged_bundle(state.ema["transformer"], state.ema["vae"], state.prompt, torch.float16, defaults, notes)

@@ -1,5 +1,6 @@
 """The model that ships with the package, on crops of real photographs."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -51,18 +52,17 @@ def test_it_is_small_and_says_what_it_is():
 
 
 def test_strength_zero_is_close_to_plain_enlargement(model, options):
-    import dataclasses
-
     low = stack("lq-light")
     kept = restore(low, model.restorer(), dataclasses.replace(options, strength=0.0))
     assert psnr_y(kept, bicubic(low, (256, 256))).min() > 25
 
 
 def test_tiles_leave_no_seams(model, options):
-    """A picture that needs tiles against the same tiles made larger: differences stay far below what an eye sees."""
-    import dataclasses
-
+    """A seam is a jump that a whole row or column shares; tiled and untiled results differ by none that an eye sees."""
     low = stack("lq-medium")[:1].repeat(1, 1, 2, 2)
-    small = restore(low, model.restorer(), options)
-    large = restore(low, model.restorer(), dataclasses.replace(options, tile=128))
-    assert (small - large).abs().mean() < 1 / 255
+    difference = restore(low, model.restorer(), options) - restore(
+        low, model.restorer(), dataclasses.replace(options, tile=128)
+    )
+    for axis, across in ((2, 3), (3, 2)):
+        jumps = difference.diff(dim=axis).mean(across).abs()
+        assert jumps.max() < 0.5 / 255

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,19 +215,85 @@ def test_an_interrupt_leaves_whole_files_only(tmp_path):
         assert Image.open(tmp_path / "out" / name).size == (400, 400), "a partial file was left"
 
 
-def test_processes_share_a_folder_out(pictures, tmp_path):
+@pytest.mark.parametrize(("processes", "count"), [(2, 3), (3, 2)])
+def test_processes_share_a_folder_out(processes, count, pictures, tmp_path):
+    for path in sorted(pictures.iterdir())[count:]:
+        path.unlink()
     process = run(
-        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "tsdsr_core", "upscale", str(pictures),
-        "-o", str(tmp_path / "out"), "--scale", "1", "--device", "cpu", "--json", stdout=subprocess.PIPE,
+        "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "tsdsr_core", "upscale",
+        str(pictures), "-o", str(tmp_path / "out"), "--scale", "1", "--json", stdout=subprocess.PIPE,
     )  # fmt: skip
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0
-    report = next(line for line in output.decode().splitlines() if line.startswith('{"files"'))
-    files = json.loads(report)["files"]
-    assert sorted(Path(file["output"]).name for file in files) == ["0.png", "1.png", "2.png"]
+    reports = [line for line in output.decode().splitlines() if line.startswith('{"files"')]
+    assert len(reports) == 1, "one process reports for all"
+    files = json.loads(reports[0])["files"]
+    assert [Path(file["output"]).name for file in files] == [f"{index}.png" for index in range(count)], "each file once"
     assert {file["status"] for file in files} == {"done"}
-    assert output.decode().count('{"files"') == 1
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert len(list((tmp_path / "out").iterdir())) == count
+
+
+def result_of(path: Path, *arguments) -> np.ndarray:
+    assert upscale(*arguments, "-o", path, "--existing", "overwrite") == 0
+    return np.array(Image.open(path)).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (["--strength", "0"], ["--strength", "1"]),
+        (["--posterior", "mode"], ["--posterior", "sample"]),
+        (["--posterior", "sample", "--seed", "1"], ["--posterior", "sample", "--seed", "2"]),
+        (["--tile", "32"], ["--tile", "48"]),
+        (["--tile", "32", "--tile-overlap", "2"], ["--tile", "32", "--tile-overlap", "16"]),
+        (["--lora-strength", "0"], ["--lora-strength", "1"]),
+        (["--vae-lora-strength", "0"], ["--vae-lora-strength", "1"]),
+        (["--dtype", "fp32"], ["--dtype", "bf16"]),
+        (["--color", "lab"], ["--color", "adain"]),
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_every_setting_changes_the_picture(one, other, published, pictures, tmp_path):
+    arguments = [pictures / "0.png", *official(published), "--scale", "1"]
+    first = result_of(tmp_path / "a.png", *arguments, *one)
+    assert np.array_equal(result_of(tmp_path / "b.png", *arguments, *one), first), "the same again gives the same"
+    assert not np.array_equal(result_of(tmp_path / "c.png", *arguments, *other), first)
+
+
+def test_the_tile_batch_is_how_many_tiles_run_at_once(published, pictures, tmp_path, monkeypatch):
+    sizes, velocity = [], DiffusersModel.velocity
+    monkeypatch.setattr(DiffusersModel, "velocity", lambda self, z: sizes.append(len(z)) or velocity(self, z))
+    arguments = [pictures / "2.png", *official(published), "--scale", "1", "--tile", "32", "--tile-overlap", "0"]
+    result_of(tmp_path / "a.png", *arguments, "--tile-batch", "3")
+    assert sizes == [3, 1]
+
+
+def test_a_seed_and_strengths_that_cannot_be_are_refused(published, pictures, tmp_path, capsys):
+    for arguments in (["--seed", "-1"], ["--seed", str(2**64)], ["--lora-strength", "nan"], ["--vae-lora-strength", "0.5"]):
+        assert upscale(pictures / "0.png", "-o", tmp_path / "x.png", *arguments) == 2
+        error = capsys.readouterr().err
+        assert arguments[0] in error or "LoRA strengths" in error
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_nothing_to_do_loads_no_model(pictures, tmp_path, capsys):
+    (tmp_path / "x.png").touch()
+    arguments = ["-o", tmp_path / "x.png", "--existing", "skip", "--model", tmp_path / "none.safetensors"]
+    assert upscale(pictures / "0.png", *arguments) == 0
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_results_too_large_for_their_format_are_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    write_picture(tmp_path / "long.png", Picture(photo(1, 2000)))
+    monkeypatch.setattr(DiffusersModel, "decode", None)
+    assert upscale(tmp_path / "long.png", "-o", tmp_path / "x.webp", "--scale", "16") == 1
+    assert "WEBP holds at most 16383 pixels a side" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_made_is_no_traceback(published, pictures, capsys):
+    target = pictures / "0.png" / "b.safetensors"  # below a file
+    assert main(["bundle", *official(published)[2:], "-o", str(target)]) == 2
+    assert "0.png" in capsys.readouterr().err
 
 
 def test_info_tells_what_files_are(published, tmp_path, capsys):
@@ -248,6 +315,21 @@ def test_info_tells_what_files_are(published, tmp_path, capsys):
         code = main(["info", str(path), *extra, "--json"])
         facts = json.loads(capsys.readouterr().out)
         assert (facts["kind"], facts["fits"], code) == (kind, fits, 0 if fits else 1), path
+    swapped = tmp_path / "swapped"
+    swapped.mkdir()
+    for name, other in (("vae", "transformer"), ("transformer", "vae")):
+        shutil.copy(published.loras / f"{name}.safetensors", swapped / f"{other}.safetensors")
+    assert main(["info", str(swapped)]) == 2
+    assert "swapped?" in capsys.readouterr().err
+    (swapped / "vae.safetensors").unlink()
+    shutil.copy(published.loras / "transformer.safetensors", swapped)
+    assert main(["info", str(swapped)]) == 2
+    assert "vae.safetensors" in capsys.readouterr().err
+    shutil.copytree(published.sd3, tmp_path / "empty")
+    for weights in (tmp_path / "empty").rglob("*.safetensors"):
+        weights.unlink()
+    assert main(["info", str(tmp_path / "empty")]) == 2
+    assert "weights are missing" in capsys.readouterr().err
     assert main(["info", str(published.loras / "vae.safetensors"), *model]) == 0
     assert "31 modules of rank 4" in capsys.readouterr().out
     for path in (tmp_path, ROOT / "pyproject.toml", tmp_path / "none"):

@@ -5,9 +5,10 @@ import shutil
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file, save_file
 
 from tsdsr_core.device import choose_device, choose_dtype
-from tsdsr_core.diffusers_models import DiffusersModel, folder_shapes, load_folder
+from tsdsr_core.diffusers_models import DiffusersModel, check_folder, folder_shapes, load_folder
 from tsdsr_core.lora import load_lora
 from tsdsr_core.prompt import PromptEmbeds, load_prompt
 from tsdsr_core.restore import Options, restore
@@ -123,6 +124,33 @@ def test_damaged_weights_are_named(published, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="vae cannot be loaded"):
         load_folder(tmp_path / "sd3", None, load_prompt(published.embeddings), CPU, torch.float32)
+
+
+def test_missing_and_unexpected_weights_are_named(published, tmp_path):
+    prompt = load_prompt(published.embeddings)
+    shutil.copytree(published.sd3, tmp_path / "sd3")
+    file = next((tmp_path / "sd3" / "vae").glob("*.safetensors"))
+    weights = load_file(file)
+    weights["foo.weight"] = weights.pop("decoder.conv_in.bias")
+    save_file(weights, file, {"format": "pt"})
+    for look in (
+        lambda: load_folder(tmp_path / "sd3", None, prompt, CPU, torch.float32),
+        lambda: check_folder(tmp_path / "sd3", "vae"),
+    ):
+        with pytest.raises(ValueError, match=r"decoder\.conv_in\.bias") as caught:
+            look()
+        assert "foo.weight" in str(caught.value)
+    check_folder(tmp_path / "sd3", "transformer")
+
+
+@pytest.mark.parametrize("text", ["[]", '"x"', "{", '{"_class_name": "AutoencoderKL", "layers_per_block": "two"}', "\xff"])
+def test_odd_configurations_are_named(text, published, tmp_path):
+    shutil.copytree(published.sd3, tmp_path / "sd3")
+    (tmp_path / "sd3" / "vae" / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"vae"):
+        load_folder(tmp_path / "sd3", None, load_prompt(published.embeddings), CPU, torch.float32)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        folder_shapes(tmp_path / "sd3", "vae")
 
 
 def test_folder_shapes_come_without_weights(published):

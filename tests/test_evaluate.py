@@ -64,12 +64,27 @@ def test_what_cannot_be_compared_is_named(folders, capsys):
     assert "the reference is smaller" in capsys.readouterr().err
     assert main(["eval", "--lq", str(folders / "none"), "--hq", str(folders / "hq")]) == 2
     assert "no such folder" in capsys.readouterr().err
+    write_picture(folders / "out" / "0.bmp", Picture(photo(12, 30)))
+    assert evaluate(folders) == 2
+    assert "different proportions" in capsys.readouterr().err
     write_picture(folders / "lq" / "0.jpg", Picture(photo(12, 16)))
     assert main(["eval", "--lq", str(folders / "lq"), "--hq", str(folders / "hq")]) == 2
     assert "0.jpg and" in capsys.readouterr().err
     (folders / "empty").mkdir()
     assert main(["eval", "--lq", str(folders / "empty"), "--hq", str(folders / "hq")]) == 2
     assert "has no pictures" in capsys.readouterr().err
+
+
+def test_equal_pictures_are_valid_json(folders, capsys):
+    assert main(["eval", "--lq", str(folders / "hq"), "--hq", str(folders / "hq"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert report["mean"] == {"psnr_y": None, "ssim_y": 1.0}
+
+
+def test_pictures_too_small_for_ssim_are_named(tmp_path, capsys):
+    write_picture(tmp_path / "a" / "x.png", Picture(photo(10, 40)))
+    assert main(["eval", "--lq", str(tmp_path / "a"), "--hq", str(tmp_path / "a")]) == 2
+    assert "at least 11x11" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pyiqa") is not None, reason="pyiqa is installed")

@@ -161,3 +161,17 @@ def test_half_precision_weights_are_merged_in_fp32():
 def test_weight_shapes_hold_linear_and_convolution_weights_only():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(1, 4))
     assert weight_shapes(model) == {"0": (3, 2), "1": (4, 3, 3, 3)}
+
+
+def test_a_lora_with_values_that_are_not_finite_is_damaged(published: Published, tmp_path):
+    tensors = load_file(published.loras / "vae.safetensors")
+    tensors["transformer.encoder.conv_in.lora_A.weight"][0] = torch.nan
+    save_file(tensors, tmp_path / "vae.safetensors")
+    with pytest.raises(ValueError, match=r"NaN or infinite values in transformer\.encoder\.conv_in\.lora_A"):
+        load_lora(tmp_path / "vae.safetensors")
+
+
+def test_a_module_under_two_prefixes_is_refused():
+    tensors = {f"{prefix}encoder.conv_in.lora_A.weight": torch.ones(1, 3, 3, 3) for prefix in ("transformer.", "vae.")}
+    with pytest.raises(ValueError, match="twice, under different prefixes"):
+        parse_lora(tensors)

@@ -189,3 +189,73 @@ def test_the_evaluation_set_is_the_same_on_every_run(tmp_path, capsys):
     write_picture(tmp_path / "photos" / "c.png", Picture(photo(100, 700, 2)))
     assert main(["evalset", str(tmp_path / "photos"), "--out", str(tmp_path / "three")]) == 1
     assert "c.png has 700x100 pixels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("presets = {light = 0}", "presets"),
+        ("presets = {light = -1.0}", "presets"),
+        ('presets = {light = "much"}', "presets"),
+        ("crop = 30\nscale = 3", "crop = 30: expected a multiple of 24"),
+        ("reconstruction_share = 5.0", "reconstruction_share = 5.0"),
+        ("ema_decay = 7.0", "ema_decay"),
+        ("clip_norm = 0.0", "clip_norm"),
+        ("steps = 0", "steps = 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(text, message, tmp_path):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path / "c.toml")
+
+
+def test_a_large_crop_trains_on_synthetic_pictures_too(photos):
+    source = PairSource(photos, Mixture(200, 4, (("light", 1),), 1.0), torch.Generator().manual_seed(0))
+    low, high = source.batch(1)
+    assert low.shape == high.shape == (1, 3, 200, 200)
+
+
+def test_a_finished_run_is_not_overwritten_and_foreign_checkpoints_are_named(photos, tmp_path, capsys):
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    write_picture(folder / "a.png", Picture(photos[0][None] / 255))
+    (folder / "bad.png").write_bytes((folder / "a.png").read_bytes()[:900])
+    (tmp_path / "c.toml").write_text("steps = 1\nbatch = 1\ncrop = 32\nsave_every = 1")
+    arguments = ["run", str(tmp_path / "c.toml"), "--photos", str(folder), "--out", str(out)]
+    assert main(arguments) == 0
+    assert main(arguments) == 1
+    assert f"--resume {out / 'last.pt'}" in capsys.readouterr().err
+    assert main([*arguments, "--steps", "0", "--resume", str(out / "last.pt")]) == 1
+    assert "steps = 0" in capsys.readouterr().err
+    torch.save({"models": 1}, tmp_path / "foreign.pt")
+    (tmp_path / "damaged.pt").write_bytes(b"PK\3\4")
+    for name in ("foreign.pt", "damaged.pt", "none.pt"):
+        assert main(["export", str(tmp_path / name), "-o", str(tmp_path / "x.safetensors")]) == 1
+        assert name in capsys.readouterr().err
+
+
+def test_reconstruction_and_restoration_share_a_batch(photos):
+    """With the step's velocity pushed far off, only the restored part of the batch may suffer."""
+    config = dataclasses.replace(CONFIG, batch=4, reconstruction_share=0.5, raw_weight=1.0)
+    state = supervised.new_state(config)
+    high = torch.stack([p[:, :32, :32] for p in photos * 2]) / 255
+    before = supervised.loss_of(state, config, high, high).item()
+    torch.nn.init.normal_(state.models["transformer"].proj_out.weight, std=10.0)
+    after = supervised.loss_of(state, config, high, high)
+    kept = supervised.loss_of(state, dataclasses.replace(config, reconstruction_share=1.0), high, high)
+    assert after > before + 0.1
+    assert kept.item() == pytest.approx(before, rel=1e-4)
+
+
+def test_gradients_are_clipped(photos, tmp_path, monkeypatch):
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def watch(parameters, limit):
+        parameters = list(parameters)
+        clip(parameters, limit)
+        norms.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm().item())
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watch)
+    config = dataclasses.replace(CONFIG, clip_norm=1e-3)
+    supervised.train(supervised.new_state(config), config, photos, tmp_path)
+    assert norms == pytest.approx([1e-3] * config.steps, rel=1e-3)

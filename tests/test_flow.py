@@ -1,0 +1,24 @@
+"""Flow-matching arithmetic against its definition."""
+
+import torch
+
+from tsdsr_core.flow import add_noise, one_step, x0_from_velocity
+
+Z, NOISE = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
+
+
+def test_the_velocity_of_a_noised_latent_leads_back_to_it():
+    sigma = torch.tensor([0.1, 0.9])[:, None, None, None]
+    assert torch.allclose(x0_from_velocity(add_noise(Z, NOISE, sigma), NOISE - Z, sigma), Z, atol=1e-6)
+
+
+def test_the_ends_of_the_path_are_latent_and_noise():
+    assert torch.equal(add_noise(Z, NOISE, 0.0), Z)
+    assert torch.equal(add_noise(Z, NOISE, 1.0), NOISE)
+    assert torch.allclose(add_noise(Z, NOISE, 0.25), 0.75 * Z + 0.25 * NOISE)
+
+
+def test_one_step_is_the_whole_way_at_strength_1():
+    assert torch.allclose(one_step(Z, Z - NOISE), NOISE, atol=1e-6)
+    assert torch.equal(one_step(Z, NOISE, 0.0), Z)
+    assert torch.allclose(one_step(Z, NOISE, 0.5), Z - 0.5 * NOISE)

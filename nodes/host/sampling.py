@@ -167,12 +167,13 @@ def _in_tiles(velocity: Any, z: Tensor, base: Any, settings: StepSettings, tick:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            smaller = max(plan.tile_height, plan.tile_width) // 4 * 2
-            if smaller < LEAST_TILE:
+            tile = max(plan.tile_height, plan.tile_width)
+            if tile <= LEAST_TILE:
                 raise RuntimeError(
                     "out of memory with one tile of the least size: close other programs, or start ComfyUI with --lowvram"
                 ) from error
-            log.warning("out of memory with one tile of %d latent cells; going on with %d", smaller * 2, smaller)
+            smaller = max(LEAST_TILE, tile // 4 * 2)
+            log.warning("out of memory with one tile of %d latent cells; going on with %d", tile, smaller)
             tile = smaller
         running.release_memory()
 

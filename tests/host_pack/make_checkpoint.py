@@ -1,0 +1,21 @@
+"""Run with the host's Python in the host's folder: diffusers weights -> a checkpoint as ComfyUI's own loader reads it."""
+
+import sys
+
+sys.path.insert(0, ".")
+transformer, vae, output = sys.argv[1:]
+sys.argv = [*sys.argv[:1], "--cpu"]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.diffusers_convert  # noqa: E402
+import comfy.model_detection  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+model = comfy.model_detection.convert_diffusers_mmdit(load_file(transformer))
+autoencoder = comfy.diffusers_convert.convert_vae_state_dict(load_file(vae))
+weights = {f"model.diffusion_model.{key}": weight for key, weight in model.items()}
+weights |= {f"first_stage_model.{key}": weight for key, weight in autoencoder.items()}
+save_file({key: weight.contiguous() for key, weight in weights.items()}, output)

@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 import time
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,6 +150,37 @@ def test_every_node_is_described(host):
         inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
         plain = {"image", "vae", "latent", "model", "conditioning"}
         assert all(options[1].get("tooltip") for key, options in inputs.items() if key not in plain), name
+
+
+def test_saved_workflows_stay_valid(host):
+    """Ids, inputs and outputs in their order, as people's workflows refer to them: only ever add to this file."""
+    info = host.get("/object_info")
+    found = {name: {"inputs": node["input_order"], "outputs": node["output"]}
+             for name, node in info.items() if name.startswith("TSDSR")}  # fmt: skip
+    assert found == json.loads((host_module.ROOT / "tests" / "data" / "nodes.json").read_text())
+
+
+def test_help_workflows_and_languages_are_served(host):
+    info = host.get("/object_info")
+    names = [name for name in info if name.startswith("TSDSR")]
+    assert len(names) == len(NODES)
+    for name in names:
+        with urllib.request.urlopen(f"http://127.0.0.1:{host.port}/extensions/{host_module.PACK}/docs/{name}.md") as page:
+            assert page.read().decode().startswith(f"# {info[name]['display_name']}")
+    templates = host.get("/workflow_templates")[host_module.PACK]
+    for template in templates:
+        assert host.get(f"/api/workflow_templates/{host_module.PACK}/{urllib.parse.quote(template)}.json")["nodes"]
+    languages = host.get("/i18n")
+    for language in ("en", "zh", "ja", "ko"):
+        for name in names:
+            said = languages[language]["nodeDefs"][name]
+            described = {"display_name": info[name]["display_name"], "description": info[name]["description"]}
+            inputs = {**info[name]["input"].get("required", {}), **info[name]["input"].get("optional", {})}
+            assert said["inputs"].keys() == inputs.keys()
+            for key, (_, options) in inputs.items():
+                assert ("tooltip" in said["inputs"][key]) == ("tooltip" in options), (language, name, key)
+                assert language != "en" or said["inputs"][key].get("tooltip") == options.get("tooltip"), (name, key)
+            assert language != "en" or {key: said[key] for key in described} == described
 
 
 def test_the_built_in_model_gives_what_the_core_gives(host):

@@ -61,7 +61,7 @@ class LoadLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, transformer_lora: str, vae_lora: str, **others: Any) -> Any:
-        return files.state(_LORAS, transformer_lora), files.state(_LORAS, vae_lora), *others.values()
+        return files.state(_LORAS, transformer_lora), files.state(_LORAS, vae_lora)
 
     @classmethod
     def execute(
@@ -103,7 +103,7 @@ class LoadPrompt(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, prompt: str) -> Any:
-        return prompt, files.state(_PROMPTS, prompt)
+        return files.state(_PROMPTS, prompt)
 
     @classmethod
     def execute(cls, prompt: str) -> io.NodeOutput:
@@ -134,7 +134,7 @@ class LoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str) -> Any:
-        return checkpoint, "" if checkpoint == _BUILTIN_NAME else files.state(_BUNDLES, checkpoint)
+        return "" if checkpoint == _BUILTIN_NAME else files.state(_BUNDLES, checkpoint)
 
     @classmethod
     def execute(cls, checkpoint: str) -> io.NodeOutput:

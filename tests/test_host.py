@@ -472,6 +472,45 @@ def test_out_of_memory_makes_batches_and_tiles_smaller(host):
     assert "out of memory with one tile of the least size" in host.run(graph).error
 
 
+def test_large_pictures_go_through_the_vae_in_tiles(host):
+    graph = Graph()
+    image = graph.add("LoadImage", image="large.png")
+    larger = graph.add("ImageScaleBy", image=(image, 0), upscale_method="bicubic", scale_by=1.5)
+    loader = graph.add("TSDSRLoadCheckpoint", checkpoint=BUILTIN)
+    little = graph.add("TestLittleVae", vae=(loader, 1))
+    saves = []
+    for vae in ((loader, 1), (little, 0)):
+        latent = graph.add("TSDSREncode", image=(larger, 0), vae=vae)
+        decoded = graph.add("TSDSRDecode", latent=(latent, 0), vae=vae)
+        saves.append(graph.add("SaveImage", images=(decoded, 0), filename_prefix="vae"))
+    result = host.run(graph)
+    assert result.status == "success", result.error
+    whole, tiled = (result.pictures(save)[0].astype(int) for save in saves)
+    assert whole.shape == tiled.shape == (768, 768, 3)
+    assert 0 < np.abs(whole - tiled).mean() < 4
+
+
+def test_the_plain_model_and_vae_stay_as_they_are(host, sd3):
+    def pictures(strength: float) -> list[np.ndarray]:
+        graph = Graph()
+        image = graph.add("LoadImage", image="photo.png")
+        lora, prompt = load_sd3(graph, vae_strength=strength, transformer_strength=strength)
+        plain_model, plain_vae = (tuple(graph.nodes[lora]["inputs"][name]) for name in ("model", "vae"))
+        saves = []
+        for model, vae in (((lora, 0), (lora, 1)), (plain_model, plain_vae)):
+            latent = graph.add("TSDSREncode", image=(image, 0), vae=vae)
+            inputs = {"model": model, "conditioning": (prompt, 0), "latent": (latent, 0), "strength": strength}
+            decoded = graph.add("TSDSRDecode", latent=(graph.add("TSDSROneStep", **inputs, **TILES), 0), vae=vae)
+            saves.append(graph.add("SaveImage", images=(decoded, 0), filename_prefix="plain"))
+        result = host.run(graph)
+        assert result.status == "success", result.error
+        return [result.pictures(save)[0].astype(int) for save in saves]
+
+    first, second = pictures(1.0), pictures(0.999)
+    assert np.abs(first[0] - first[1]).max() > 10, "the LoRAs change the picture"
+    assert np.abs(first[1] - second[1]).max() <= 2, "but not that of the plain model"
+
+
 def test_cancel_ends_the_run_soon_and_the_next_one_works(host):
     graph, _ = builtin_graph("large.png", **{"size.factor": 8.0, "strength": 0.77})
     prompt = host.start(graph)

@@ -1,5 +1,7 @@
 """A second node pack that the tests put into the real host: what no stock node gives them."""
 
+import copy
+
 import torch
 
 
@@ -54,6 +56,21 @@ class LittleMemory:
         return (patched,)
 
 
+class LittleVae:
+    """A VAE that would need more memory than there is, untiled."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"vae": ("VAE",)}})
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, vae):
+        little = copy.copy(vae)
+        little.memory_used_encode = lambda shape, dtype: 1e6 if shape[2] * shape[3] <= 512 * 512 else 1e18
+        little.memory_used_decode = lambda shape, dtype: 1e6 if shape[2] * shape[3] <= 128 * 128 else 1e18
+        return (little,)
+
+
 class Prompt:
     """Conditioning with and without what SD3 needs."""
 
@@ -74,6 +91,7 @@ class Prompt:
 
 
 NODE_CLASS_MAPPINGS = {
+    "TestLittleVae": LittleVae,
     "TestOddImage": OddImage,
     "TestOddLatent": OddLatent,
     "TestLittleMemory": LittleMemory,

@@ -58,11 +58,11 @@ def test_strength_zero_is_close_to_plain_enlargement(model, options):
 
 
 def test_tiles_leave_no_seams(model, options):
-    """A seam is a jump that a whole row or column shares; tiled and untiled results differ by none that an eye sees."""
+    """A seam is a jump that a whole row or column shares; tiled and untiled results differ by none of one 8-bit level."""
     low = stack("lq-medium")[:1].repeat(1, 1, 2, 2)
     difference = restore(low, model.restorer(), options) - restore(
         low, model.restorer(), dataclasses.replace(options, tile=128)
     )
     for axis, across in ((2, 3), (3, 2)):
         jumps = difference.diff(dim=axis).mean(across).abs()
-        assert jumps.max() < 0.5 / 255
+        assert jumps.max() < 1 / 255

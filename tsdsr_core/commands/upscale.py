@@ -78,26 +78,31 @@ def run(options: argparse.Namespace) -> int:
     jobs = plan_jobs(collect(options.inputs), options.output, options.existing)
     device = choose_device(options.device)
     if all(job.skip for job in jobs):
-        _report([Outcome(str(job.input), str(job.output), "skipped") for job in jobs], options.json)
-        return 0
-    shared = PartialState(cpu=device.type == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-    if shared:
-        device = cast(torch.device, shared.device)  # each process has its own
-    model = load_model(options, device, choose_dtype(options.dtype, device))
-    chosen = replace(chosen, **model.defaults)
-    tile_settings(model.restorer(), chosen)  # settings that do not suit the model end here, not once per picture
-    if shared is None:
-        outcomes = _run_jobs(jobs, model, chosen, options)
+        outcomes = [Outcome(str(job.input), str(job.output), "skipped") for job in jobs]
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        outcomes = _run_shared(jobs, device, chosen, options)
     else:
-        with shared.split_between_processes(jobs) as mine:
-            outcomes = _run_jobs(cast(list[Job], mine), model, chosen, options)
-        outcomes = gather_object(outcomes)
-    if shared is None or shared.is_main_process:
+        outcomes = _run_jobs(jobs, device, chosen, options)
+    if os.environ.get("RANK", "0") == "0":  # one of several processes reports for all
         _report(outcomes, options.json)
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 
-def _run_jobs(jobs: list[Job], model: DiffusersModel, chosen: Options, options: argparse.Namespace) -> list[Outcome]:
+def _run_shared(jobs: list[Job], device: torch.device, chosen: Options, options: argparse.Namespace) -> list[Outcome]:
+    """Do this process's part of ``jobs``; returns the outcomes of all processes."""
+    shared = PartialState(cpu=device.type == "cpu")
+    try:
+        with shared.split_between_processes(jobs) as mine:
+            outcomes = _run_jobs(cast(list[Job], mine), cast(torch.device, shared.device), chosen, options)
+        return gather_object(outcomes)
+    finally:
+        shared.destroy_process_group()  # its threads would abort the process at exit
+
+
+def _run_jobs(jobs: list[Job], device: torch.device, chosen: Options, options: argparse.Namespace) -> list[Outcome]:
+    model = load_model(options, device, choose_dtype(options.dtype, device))
+    chosen = replace(chosen, **model.defaults)
+    tile_settings(model.restorer(), chosen)  # settings that do not suit the model end here, not once per picture
     outcomes = []
     with logging_redirect_tqdm():
         for job in tqdm(jobs, unit="picture", disable=None if len(jobs) > 1 else True):

@@ -20,15 +20,15 @@ from safetensors.torch import save_file
 
 from tsdsr_core.bundle import read_bundle, write_bundle
 from tsdsr_core.diffusers_models import load_builtin, load_bundle, load_folder, merged_bundle
-from tsdsr_core.image_io import Picture, read_picture, write_picture
+from tsdsr_core.image_io import read_picture
 from tsdsr_core.lora import load_lora
 from tsdsr_core.prompt import load_prompt
 from tsdsr_core.restore import Options, restore
 from tsdsr_core.sd3 import VAE_CONFIG
 
 from . import host as host_module
-from .host import Graph, Host
-from .tiny import TRANSFORMER_TARGETS, VAE_TARGETS, photo, randomised_lora
+from .host import Graph
+from .tiny import TRANSFORMER_TARGETS, VAE_TARGETS, randomised_lora
 
 FOUND = host_module.find()
 pytestmark = pytest.mark.skipif(FOUND is None, reason="no ComfyUI: set COMFYUI_PATH, and COMFYUI_PYTHON where it has no .venv")
@@ -53,16 +53,6 @@ TRANSFORMER = {
 }  # fmt: skip
 TILES = {"tile": 16, "tile_overlap": 4, "tile_batch": 0}
 UPSCALE = {"strength": 1.0, "color_fix": "wavelet", "wavelet_levels": 0, "tile": 64, "tile_overlap": 8, "tile_batch": 0}
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    server = Host(*FOUND, tmp_path_factory.mktemp("host"))
-    write_picture(server.base / "input" / "photo.png", Picture(photo(44, 52, 3)))
-    write_picture(server.base / "input" / "large.png", Picture(photo(512, 512, 4)))
-    write_picture(server.base / "input" / "alpha.png", Picture(photo(20, 26), alpha=photo(20, 26, 9)[:, :1]))
-    yield server
-    server.close()
 
 
 @dataclass
@@ -274,9 +264,6 @@ def checkpoint(host, sd3) -> None:
     shutil.copy(target, target.with_name("sd3_medium_incl_clips.safetensors"))
     for path in sd3.embeddings.iterdir():
         shutil.copy(path, host.base / "models" / "tsdsr")
-    (host.base / "input" / "photos").mkdir()
-    for name, (height, width) in {"example": (16, 20), "photos/a": (16, 20), "photos/b": (21, 17)}.items():
-        write_picture(host.base / "input" / f"{name}.png", Picture(photo(height, width)))
 
 
 @pytest.mark.parametrize("path", sorted((host_module.ROOT / "workflows" / "api").glob("*.json")), ids=lambda path: path.stem)

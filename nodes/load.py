@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..tsdsr_core.bundle import BUILTIN, read_bundle
-from ..tsdsr_core.lora import load_lora
+from ..tsdsr_core.lora import TRANSFORMER_FILE, VAE_FILE, load_lora
 from ..tsdsr_core.prompt import POOLED_FILE, TOKENS_FILE, load_prompt
 from .host import files, models
 from .host.schema import field, schema
@@ -18,6 +18,11 @@ _PROMPTS = (files.FOLDER, "embeddings")
 _BUNDLES = (files.FOLDER, "checkpoints")
 _BUILTIN_NAME = "built-in model (no download)"
 _PRECISIONS = {"auto": None, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _likely(names: list[str], ending: str) -> str | None:
+    """The first of ``names`` that ends like the published file."""
+    return next((name for name in names if name.endswith(ending)), None)
 
 
 class LoadLora(io.ComfyNode):
@@ -35,11 +40,11 @@ class LoadLora(io.ComfyNode):
                 field(io.Model, "model", tooltip="Stable Diffusion 3 medium."),
                 field(io.Vae, "vae", tooltip="The VAE of Stable Diffusion 3."),
                 field(
-                    io.Combo, "transformer_lora", options=names,
+                    io.Combo, "transformer_lora", options=names, default=_likely(names, TRANSFORMER_FILE),
                     tooltip="transformer.safetensors of TSD-SR, in models/loras (a subfolder is fine).",
                 ),
                 field(
-                    io.Combo, "vae_lora", options=names,
+                    io.Combo, "vae_lora", options=names, default=_likely(names, VAE_FILE),
                     tooltip="vae.safetensors of TSD-SR, in models/loras (a subfolder is fine).",
                 ),
                 field(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "workflows"
@@ -48,9 +49,19 @@ def test_no_two_nodes_overlap(path):
             assert apart
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_has_a_thumbnail(path):
+    with Image.open(path.with_suffix(".jpg")) as image:
+        assert image.size == (640, 426)
+
+
 def test_every_node_has_a_help_page():
     used = {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
     names = {line.split('"')[1] for path in (ROOT / "nodes").glob("*.py") for line in path.read_text().splitlines()
              if line.strip().startswith('"TSDSR')}  # fmt: skip
     assert len(names) == 10
     assert used == names
+    for name in names:
+        text = (ROOT / "web" / "docs" / f"{name}.md").read_text()
+        assert f"](images/{name}.png)" in text
+        assert (ROOT / "web" / "docs" / "images" / f"{name}.png").is_file()

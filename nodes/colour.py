@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..tsdsr_core.colour import match_colour
+from ..tsdsr_core.colour import WAVELET_LEVELS, match_colour
 from ..tsdsr_core.restore import bicubic
 from . import inputs
 from .host.schema import field, schema
@@ -26,17 +26,17 @@ class ColorFix(io.ComfyNode):
                 field(io.Image, "image", tooltip="The restored picture."),
                 field(io.Image, "reference", tooltip="The picture with the right colours, of any size; one, or one for each."),
                 inputs.colour_fix(),
-                inputs.wavelet_levels(),
             ],
             outputs=[io.Image.Output()],
         )
 
     @classmethod
-    def execute(cls, image: Any, reference: Any, color_fix: str, wavelet_levels: int) -> io.NodeOutput:
+    def execute(cls, image: Any, reference: Any, color_fix: dict[str, Any]) -> io.NodeOutput:
         content, alpha = inputs.to_core(image)
         style, _ = inputs.to_core(reference)
         if len(style) not in (1, len(content)):
             raise ValueError(f"{len(style)} references for {len(content)} images: give one, or one for each")
         style = bicubic(style, (content.shape[2], content.shape[3])).expand_as(content)
-        fixed = match_colour(content, style, color_fix, wavelet_levels).clamp(0, 1)
+        levels = color_fix.get("wavelet_levels", WAVELET_LEVELS)
+        fixed = match_colour(content, style, color_fix["color_fix"], levels).clamp(0, 1)
         return io.NodeOutput(inputs.to_host(fixed, alpha))

@@ -41,21 +41,17 @@ def tiling() -> list[Any]:
     ]  # fmt: skip
 
 
-def colour_fix() -> Any:
-    """The colour fix."""
+def colour_fix(levels: int = WAVELET_LEVELS, automatic: str = "") -> Any:
+    """The colour fix, with the one setting that one of them has; ``levels`` is its default."""
+    wavelet_levels = field(
+        io.Int, "wavelet_levels", default=levels, min=min(levels, 1), max=8, advanced=True,
+        tooltip=f"More levels take only the broadest colours from the input. 5 is the published value.{automatic}",
+    )  # fmt: skip
     return field(
-        io.Combo, "color_fix", options=list(METHODS), default="wavelet",
+        io.DynamicCombo, "color_fix",
+        options=[io.DynamicCombo.Option(name, [wavelet_levels] if name == "wavelet" else []) for name in METHODS],
         tooltip="Whose colours the result has: wavelet keeps the input's low frequencies, adain its mean and contrast, lab "
         "its lightness and chroma, none changes nothing.",
-    )  # fmt: skip
-
-
-def wavelet_levels(default: int = WAVELET_LEVELS, least: int = 1, automatic: str = "") -> Any:
-    """How much of the picture the wavelet colour fix takes from the input."""
-    return field(
-        io.Int, "wavelet_levels", default=default, min=least, max=8, advanced=True,
-        tooltip="For the wavelet colour fix: more levels take only the broadest colours from the input. "
-        f"5 is the published value.{automatic}",
     )  # fmt: skip
 
 

@@ -53,8 +53,7 @@ class Upscale(io.ComfyNode):
                     tooltip="The size of the result; the picture keeps its proportions.",
                 ),
                 inputs.strength(),
-                inputs.colour_fix(),
-                inputs.wavelet_levels(default=0, least=0, automatic=" 0 takes what suits the model."),
+                inputs.colour_fix(levels=0, automatic=" 0 takes what suits the model."),
                 *inputs.tiling(),
             ],
             outputs=[io.Image.Output()],
@@ -62,16 +61,16 @@ class Upscale(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, image: Any, model: Any, vae: Any, conditioning: Any, size: dict[str, Any], strength: float, color_fix: str,
-        wavelet_levels: int, tile: int, tile_overlap: int, tile_batch: int,
+        cls, image: Any, model: Any, vae: Any, conditioning: Any, size: dict[str, Any], strength: float,
+        color_fix: dict[str, Any], tile: int, tile_overlap: int, tile_batch: int,
     ) -> io.NodeOutput:  # fmt: skip
         rgb, alpha = inputs.to_core(image)
         defaults = {"process_size": PROCESS_SIZE, **models.defaults_of(model)}
-        if wavelet_levels:
-            defaults["wavelet_levels"] = wavelet_levels
+        if color_fix.get("wavelet_levels"):
+            defaults["wavelet_levels"] = color_fix["wavelet_levels"]
         restorer = Restorer(
             model, vae, conditioning, inputs.step_settings(strength, tile, tile_overlap, tile_batch),
-            Options(colour_fix=color_fix, **defaults), _target((rgb.shape[2], rgb.shape[3]), size),
+            Options(colour_fix=color_fix["color_fix"], **defaults), _target((rgb.shape[2], rgb.shape[3]), size),
         )  # fmt: skip
         sampling.check_model(model)
         sampling.check_conditioning(conditioning)

@@ -52,7 +52,14 @@ TRANSFORMER = {
     "pos_embed_max_size": 96,
 }  # fmt: skip
 TILES = {"tile": 16, "tile_overlap": 4, "tile_batch": 0}
-UPSCALE = {"strength": 1.0, "color_fix": "wavelet", "wavelet_levels": 0, "tile": 64, "tile_overlap": 8, "tile_batch": 0}
+UPSCALE = {
+    "strength": 1.0,
+    "color_fix": "wavelet",
+    "color_fix.wavelet_levels": 0,
+    "tile": 64,
+    "tile_overlap": 8,
+    "tile_batch": 0,
+}
 
 
 @dataclass
@@ -201,7 +208,9 @@ def modular(host, sd3):
     saves = {}
     for name, samples in (("node", step), ("sampler", stock)):
         picture = graph.add("TSDSRDecode", latent=(samples, 0), vae=(lora, 1))
-        fixed = graph.add("TSDSRColorFix", image=(picture, 0), reference=(image, 0), color_fix="wavelet", wavelet_levels=5)
+        fixed = graph.add(
+            "TSDSRColorFix", image=(picture, 0), reference=(image, 0), color_fix="wavelet", **{"color_fix.wavelet_levels": 5}
+        )
         saves[name] = graph.add("SaveImage", images=(fixed, 0), filename_prefix=name)
     bundle = graph.add(
         "TSDSRSaveCheckpoint", model=(lora, 0), vae=(lora, 1), conditioning=(prompt, 0), filename_prefix="checkpoints/x",
@@ -506,7 +515,7 @@ def test_cancel_ends_the_run_soon_and_the_next_one_works(host):
     start = time.monotonic()
     host.post("/interrupt", {})
     assert host.wait(prompt).status == "interrupted"
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 20
     graph, _ = builtin_graph(strength=0.8)
     assert host.run(graph).status == "success"
 

@@ -122,6 +122,18 @@ def test_a_workflow_opens_by_drop_and_is_its_twin(path, page):
     assert page.errors == []
 
 
+@pytest.mark.parametrize("path", sorted((host_module.ROOT / "subgraphs").glob("*.json")), ids=lambda path: path.stem)
+def test_a_blueprint_opens_with_its_stages_and_dials(path, page):
+    page.errors.clear()
+    page.evaluate(DROP, [path.read_text(), path.name])
+    page.wait_for_function("app.graph._nodes.length === 1 && !!app.graph._nodes[0].subgraph", timeout=WAIT)
+    page.wait_for_timeout(500)
+    kinds = [node["class_type"] for node in page.evaluate("async () => (await app.graphToPrompt()).output").values()]
+    assert sorted(kinds) == ["ImageScaleBy", "TSDSRColorFix", "TSDSRDecode", "TSDSREncode", "TSDSROneStep"]
+    assert page.evaluate("app.graph._nodes[0].widgets.map(w => w.name)") == ["scale_by", "strength", "color_fix"]
+    assert page.errors == []
+
+
 @pytest.mark.parametrize("page", ["host"], indirect=True)
 def test_the_template_browser_shows_the_pack_and_opens_a_workflow(page, host):
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")

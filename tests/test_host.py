@@ -164,6 +164,8 @@ def test_help_workflows_and_languages_are_served(host):
     for name in names:
         with urllib.request.urlopen(f"http://127.0.0.1:{host.port}/extensions/{host_module.PACK}/docs/{name}.md") as page:
             assert page.read().decode().startswith(f"# {info[name]['display_name']}")
+    blueprints = {entry["name"] for entry in host.get("/global_subgraphs").values()}
+    assert {path.stem for path in (host_module.ROOT / "subgraphs").glob("*.json")} <= blueprints
     templates = host.get("/workflow_templates")[host_module.PACK]
     for template in templates:
         assert host.get(f"/api/workflow_templates/{host_module.PACK}/{urllib.parse.quote(template)}.json")["nodes"]

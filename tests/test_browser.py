@@ -130,7 +130,8 @@ def test_a_blueprint_opens_with_its_stages_and_dials(path, page):
     page.wait_for_timeout(500)
     kinds = [node["class_type"] for node in page.evaluate("async () => (await app.graphToPrompt()).output").values()]
     assert sorted(kinds) == ["ImageScaleBy", "TSDSRColorFix", "TSDSRDecode", "TSDSREncode", "TSDSROneStep"]
-    assert page.evaluate("app.graph._nodes[0].widgets.map(w => w.name)") == ["scale_by", "strength", "color_fix"]
+    dials = page.evaluate("app.graph._nodes[0].widgets.map(w => w.name)")
+    assert [name.split(": ")[-1] for name in dials] == ["scale_by", "strength", "color_fix"], "0.8.0 puts the inner id first"
     assert page.errors == []
 
 

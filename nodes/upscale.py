@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..tsdsr_core.geometry import PROCESS_SIZE, SCALE_RANGE, Size, plan_target, target_size
+from ..tsdsr_core.geometry import PROCESS_SIZE, SCALE_RANGE, Size, SizePlan, plan_target, target_size
 from ..tsdsr_core.restore import Options, bicubic, finish, from_pixels, to_pixels
 from . import inputs
 from .host import models, running, sampling
@@ -92,7 +92,7 @@ class Restorer:
     target: Size
 
     @property
-    def size(self) -> Any:
+    def size(self) -> SizePlan:
         """The sizes an image passes through."""
         patch = self.model.model.diffusion_model.patch_size
         return plan_target(self.target, host_vae.factor_of(self.vae) * patch, self.options.process_size)

@@ -69,9 +69,10 @@ def browser():
 
 @pytest.fixture(scope="module", params=["recorded", "host"])
 def page(request, browser):
-    """The frontend, ready; ``page.errors`` collects what the console says is wrong."""
+    """The frontend, ready; ``errors`` collects what the console says is wrong, ``received`` what the host sends."""
     page = browser.new_page(viewport={"width": 1800, "height": 900})
-    page.errors = []
+    page.errors, page.received = [], []
+    page.on("websocket", lambda socket: socket.on("framereceived", lambda frame: page.received.append(frame)))
     if request.param == "recorded":
         page.route("**/*", Recorded())
         page.route_web_socket("**/*", lambda socket: socket.send(json.dumps(STATUS)))
@@ -151,9 +152,15 @@ def test_the_built_in_workflow_runs_from_the_page(page, host):
     page.evaluate(DROP, [path.read_text(), path.name])
     page.wait_for_function("app.graph._nodes.some(n => n.type === 'TSDSRUpscale')", timeout=20_000)
     before = set(host.get("/history"))
+    page.received.clear()
     page.evaluate("app.queuePrompt(0)")
     deadline = time.monotonic() + 120
     while not (new := set(host.get("/history")) - before):
         assert time.monotonic() < deadline
         page.wait_for_timeout(300)
     assert host.wait(new.pop()).status == "success"
+    page.wait_for_timeout(500)
+    messages = [json.loads(frame) for frame in page.received if isinstance(frame, str)]
+    progress = [m["data"] for m in messages if m["type"] == "progress"]
+    assert progress[-1]["value"] == progress[-1]["max"] == 3, "one tile each to encode, step and decode"
+    assert [frame for frame in page.received if isinstance(frame, bytes)], "a preview of the finished tile"

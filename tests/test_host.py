@@ -236,6 +236,24 @@ def test_sd3_with_loras_gives_what_the_core_gives(way, modular, expected):
     assert differs(result.pictures(saves[way])[0], expected) <= 1
 
 
+def test_the_vae_changes_its_type_for_the_lora(host, sd3, expected):
+    graph = Graph()
+    image = graph.add("LoadImage", image="photo.png")
+    lora, prompt = load_sd3(graph, vae_precision="fp16")
+    latent = graph.add("TSDSREncode", image=(image, 0), vae=(lora, 1))
+    step = graph.add("TSDSROneStep", model=(lora, 0), conditioning=(prompt, 0), latent=(latent, 0), strength=1.0, **TILES)
+    decoded = graph.add("TSDSRDecode", latent=(step, 0), vae=(lora, 1))
+    fixed = graph.add(
+        "TSDSRColorFix", image=(decoded, 0), reference=(image, 0), color_fix="wavelet", **{"color_fix.wavelet_levels": 5}
+    )
+    save = graph.add("SaveImage", images=(fixed, 0), filename_prefix="fp16")
+    result = host.run(graph)
+    assert result.status == "success", result.error
+    found = result.pictures(save)[0].astype(float)
+    exact = np.floor(expected.permute(1, 2, 0).numpy() * 255)
+    assert 0 < np.abs(found - exact).mean() < 1.5, "rounded, but the same picture"
+
+
 def test_a_saved_checkpoint_holds_the_merged_model(modular, expected, host):
     model = load_bundle(read_bundle(modular[2]), CPU, torch.float32)
     low = read_picture(host.base / "input" / "photo.png").rgb

@@ -317,6 +317,19 @@ def test_every_example_workflow_runs(path, host, checkpoint):
     assert {picture.shape[:2] for picture in pictures} == expected
 
 
+def test_latents_of_odd_sides_keep_their_size(host):
+    """The transformer works on patches of two cells; a preview is made of every batch of tiles all the same."""
+    graph = Graph()
+    loader = graph.add("TSDSRLoadCheckpoint", checkpoint=BUILTIN)
+    latent = graph.add("TestOddLatent", channels=16)
+    step = graph.add("TSDSROneStep", model=(loader, 0), conditioning=(loader, 2), latent=(latent, 0), strength=1.0, **TILES)
+    decoded = graph.add("TSDSRDecode", latent=(step, 0), vae=(loader, 1))
+    save = graph.add("SaveImage", images=(decoded, 0), filename_prefix="odd")
+    result = host.run(graph)
+    assert result.status == "success", result.error
+    assert result.pictures(save)[0].shape == (36, 28, 3)
+
+
 def test_alpha_is_enlarged_and_kept(host):
     graph, save = builtin_graph()
     graph.nodes["1"] = {"class_type": "LoadImage", "inputs": {"image": "alpha.png"}}

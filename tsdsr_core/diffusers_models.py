@@ -19,15 +19,13 @@ from .bundle import BUILTIN, Bundle, read_bundle
 from .device import free_memory
 from .flow import TIMESTEP
 from .lora import Lora
-from .memory import tile_batch, tile_bytes
+from .memory import CPU_BATCH, tile_batch, tile_bytes
 from .prompt import PromptEmbeds
 from .restore import Model
 
 log = logging.getLogger("tsdsr")
 
 _CLASSES = {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}
-_CPU_BATCH = 4
-"""Tiles at once on a CPU: enough to fill the cores, no gain beyond."""
 
 
 @dataclass(repr=False)
@@ -77,7 +75,7 @@ class DiffusersModel:
     def _tile_batch(self, tile_height: int, tile_width: int) -> int:
         free = free_memory(self.device)
         if free is None:
-            return _CPU_BATCH
+            return CPU_BATCH
         patch, context = self.transformer.config["patch_size"], self.prompt.tokens.shape[1]
         width, itemsize = self.transformer.inner_dim, self.dtype.itemsize
         return tile_batch(free, tile_bytes(tile_height, tile_width, patch, context, width, itemsize))

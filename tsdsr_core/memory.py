@@ -11,6 +11,8 @@ log = logging.getLogger("tsdsr")
 _LIVE_MAPS = 24
 """Token maps of the hidden width alive at once in one SD3 block (two streams, qkv, 4x feed-forward, residuals)."""
 _SAFETY = 1.5
+CPU_BATCH = 4
+"""Tiles at once on a CPU: enough to fill the cores, no gain beyond."""
 LARGEST_BATCH = 16
 """Beyond this many tiles a GPU gains nothing."""
 

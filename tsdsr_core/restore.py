@@ -121,16 +121,6 @@ def restore_at(image: Tensor, size: SizePlan, model: Model, options: Options, pr
     return from_pixels(y, size)
 
 
-def to_pixels(image: Tensor, size: SizePlan, enlarge: Callable[[Tensor, Size], Tensor] | None = None) -> Tensor:
-    """``image`` in 0..1 as the encoder takes it: enlarged and padded to ``size.padded``, in -1..1."""
-    return pad_to((enlarge or bicubic)(image, size.work), size.padded) * 2 - 1
-
-
-def from_pixels(pixels: Tensor, size: SizePlan) -> Tensor:
-    """What the decoder gives, cropped to ``size.work`` and in 0..1."""
-    return (pixels[:, :, : size.work[0], : size.work[1]] / 2 + 0.5).clamp(0, 1)
-
-
 def predict_velocity(z: Tensor, model: Model, options: Options, progress: Progress) -> Tensor:
     """Velocity of scaled latents ``(B, C, h, w)``, in tiles where they are large."""
     recipe = RECIPES[options.recipe]
@@ -160,6 +150,16 @@ def pad_to(image: Tensor, size: Size) -> Tensor:
         if any(padding):
             image = F.pad(image, padding, mode="reflect" if max(padding) < length else "replicate")
     return image
+
+
+def to_pixels(image: Tensor, size: SizePlan, enlarge: Callable[[Tensor, Size], Tensor] = bicubic) -> Tensor:
+    """``image`` in 0..1 as the encoder takes it: enlarged and padded to ``size.padded``, in -1..1."""
+    return pad_to(enlarge(image, size.work), size.padded) * 2 - 1
+
+
+def from_pixels(pixels: Tensor, size: SizePlan) -> Tensor:
+    """What the decoder gives, cropped to ``size.work`` and in 0..1."""
+    return (pixels[:, :, : size.work[0], : size.work[1]] / 2 + 0.5).clamp(0, 1)
 
 
 def check_image(image: Tensor) -> None:

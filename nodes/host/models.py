@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...tsdsr_core.bundle import Bundle
-from ...tsdsr_core.lora import Lora
+from ...tsdsr_core.lora import Lora, check_fit
 from ...tsdsr_core.prompt import PromptEmbeds
 from ...tsdsr_core.vae_keys import to_original, weights_to_diffusers, weights_to_original
 
@@ -151,24 +151,18 @@ def patch_vae(vae: Any, lora: Lora, strength: float, dtype: torch.dtype | None) 
 
 
 def _add(patcher: Any, lora: Lora, targets: Mapping[str, Any], strength: float) -> None:
+    """Add ``lora`` to ``patcher``; ``targets`` gives the host's key of each module, with its part of a joint weight."""
     weights = patcher.model_state_dict()
-    problems = []
-    for name, pair in lora.pairs.items():
-        key, offset, *_ = targets[name] if isinstance(targets[name], tuple) else (targets[name], None)
-        if key not in weights:
-            problems.append(f"{name} (not in the model)")
-            continue
-        shape = list(weights[key].shape)
-        if offset is not None:
-            shape[offset[0]] = offset[2]
-        if torch.Size(pair.weight_shape).numel() != torch.Size(shape).numel() or pair.weight_shape[:2] != tuple(shape[:2]):
-            problems.append(f"{name} (LoRA {pair.weight_shape}, model {tuple(shape)})")
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(
-            f"the {lora.target} LoRA does not fit: {len(problems)} of {len(lora.pairs)} modules are left over: "
-            f"{', '.join(problems[:8])}{more}. Is it for another base model?"
-        )
+    shapes = {}
+    for name, target in targets.items():
+        key, offset, *_ = target if isinstance(target, tuple) else (target, None)
+        if key in weights:
+            shape = list(weights[key].shape)
+            if offset is not None:
+                shape[offset[0]] = offset[2]
+            linear = len(lora.pairs[name].weight_shape) == 2 and shape[2:] == [1, 1]  # the VAE's attention
+            shapes[name] = tuple(shape[:2] if linear else shape)
+    check_fit(lora, shapes)
     patches = comfy.lora.load_lora(lora.state_dict(), dict(targets))
     added = patcher.add_patches(patches, strength)
     if len(added) != len(lora.pairs):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...tsdsr_core.flow import TIMESTEP, one_step
-from ...tsdsr_core.memory import is_out_of_memory, tile_batch
+from ...tsdsr_core.memory import CPU_BATCH, is_out_of_memory, tile_batch
 from ...tsdsr_core.restore import pad_to
 from ...tsdsr_core.tile_blend import centred_window, tiled_velocity
 from ...tsdsr_core.tile_plan import TilePlan, TileSettings, even_tiles
@@ -30,7 +30,6 @@ log = logging.getLogger("tsdsr")
 
 LEAST_TILE = 16
 """Latent cells; below this, tiles see too little to be worth a run."""
-_CPU_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,8 @@ class StepSettings:
 class OneStepSampler(comfy.samplers.Sampler):
     """``z_H = z_L - strength v(z_L, t = 1000)``, tile by tile."""
 
-    def __init__(self, settings: StepSettings, progress: running.Progress | None = None) -> None:
+    def __init__(self, settings: StepSettings) -> None:
         self.settings = settings
-        self.progress = progress
 
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
@@ -60,17 +58,18 @@ class OneStepSampler(comfy.samplers.Sampler):
         offset = _shift(base)
         z = latent_image if not latent_image.any() else latent_image + offset  # the host leaves all-zero latents unshifted
 
+        padded = pad_to(z, _padded(z, base))
+
         def velocity(tiles: Tensor) -> Tensor:
             running.check_interrupted()
             return tiles - model_wrap(tiles, tiles.new_ones(len(tiles)), **extra_args)
 
         def tick(done: int, total: int, partial: Any) -> None:
             if callback is not None:
-                preview = one_step(z, partial(), self.settings.strength) - offset
-                callback(done - 1, preview, z, total)
+                preview = one_step(padded, partial(), self.settings.strength) - offset
+                callback(done - 1, preview, padded, total)
             running.check_interrupted()
 
-        padded = pad_to(z, _padded(z, base))
         v = _in_tiles(velocity, padded, base, self.settings, tick)[:, :, : z.shape[2], : z.shape[3]]
         if denoise_mask is not None:
             v = v * denoise_mask
@@ -180,14 +179,14 @@ def _in_tiles(velocity: Any, z: Tensor, base: Any, settings: StepSettings, tick:
 
 def _batch(base: Any, z: Tensor, plan: TilePlan) -> int:
     if z.device.type == "cpu":
-        return _CPU_BATCH
+        return CPU_BATCH
     one = base.memory_required([1, z.shape[1], plan.tile_height, plan.tile_width])
     return tile_batch(running.free_memory(z.device), int(one))
 
 
 def _ask_for_one_batch(model_options: dict[str, Any], plan: TilePlan, images: int, batch: int) -> None:
     """Let the host make room for one batch of tiles, not for the whole latent."""
-    tiles = min(batch or _CPU_BATCH, len(plan) * images)
+    tiles = min(batch or CPU_BATCH, len(plan) * images)
 
     def prepare(executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(model, [tiles, noise_shape[1], plan.tile_height, plan.tile_width], *args, **kwargs)

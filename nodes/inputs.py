@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..tsdsr_core.colour import METHODS, WAVELET_LEVELS
+from ..tsdsr_core.memory import TILE_SIDES
 from ..tsdsr_core.tile_plan import OVERLAP, TILE
 from .host.sampling import StepSettings
 from .host.schema import field
@@ -26,9 +27,9 @@ def tiling() -> list[Any]:
     """Tile side, overlap and batch of the transformer."""
     return [
         field(
-            io.Int, "tile", default=TILE, min=16, max=384, step=2, advanced=True,
-            tooltip="Side of the transformer's tiles in latent cells (8 pixels each for SD3). 64 is what it was trained on; "
-            "where memory runs out, tiles get smaller by themselves.",
+            io.Int, "tile", default=0, min=0, max=384, step=2, advanced=True,
+            tooltip="Side of the transformer's tiles in latent cells (8 pixels each for SD3). 0 takes 64, which TSD-SR was "
+            "trained on, or less where memory is short.",
         ),
         field(
             io.Int, "tile_overlap", default=OVERLAP, min=0, max=128, step=2, advanced=True,
@@ -59,10 +60,13 @@ def step_settings(strength: float, tile: int, tile_overlap: int, tile_batch: int
     """The checked settings.
 
     Raises:
-        ValueError: where the overlap is not below the tile.
+        ValueError: for a tile too small to see anything, or an overlap that is not below the tile.
     """
-    if tile_overlap >= tile:
-        raise ValueError(f"tile_overlap {tile_overlap} is not below tile {tile}: make it smaller")
+    if 0 < tile < TILE_SIDES[-1]:
+        raise ValueError(f"tile {tile}: expected 0 for automatic, or at least {TILE_SIDES[-1]}")
+    side = tile or TILE
+    if tile_overlap >= side:
+        raise ValueError(f"tile_overlap {tile_overlap} is not below tile {side}: make it smaller")
     return StepSettings(strength, tile, tile_overlap, tile_batch)
 
 

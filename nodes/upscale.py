@@ -102,7 +102,7 @@ class Restorer:
         factor = host_vae.factor_of(self.vae)
         height, width = self.size.padded[0] // factor, self.size.padded[1] // factor
         latents = torch.empty(1, 1, height, width, device="meta")
-        plan = sampling.plan_tiles(latents, self.model.model, self.settings.tile, self.settings.overlap)
+        plan = sampling.plan_tiles(latents, self.model, self.settings)
         return 2 * host_vae.tile_count(height, width) + len(plan)
 
     def run(self, image: Tensor, progress: running.Progress) -> Tensor:

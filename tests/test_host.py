@@ -498,7 +498,7 @@ def test_out_of_memory_makes_batches_and_tiles_smaller(host):
     graph, _ = builtin_graph()
     upscale = next(node for node in graph.nodes.values() if node["class_type"] == "TSDSRUpscale")
     upscale["inputs"]["model"] = [graph.add("TestLittleMemory", model=(loader, 0), cells=1), 0]
-    assert "out of memory with one tile of the least size" in host.run(graph).error
+    assert "out of memory with one tile of 16 latent cells, the least there is: close other programs" in host.run(graph).error
 
 
 def test_large_pictures_go_through_the_vae_in_tiles(host):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tsdsr_core.memory import LARGEST_BATCH, is_out_of_memory, tile_batch, tile_bytes
+from tsdsr_core.memory import CPU_BATCH, LARGEST_BATCH, TileMemory, is_out_of_memory, tile_batch, tile_bytes, tile_side
 
 
 def test_bytes_grow_with_tokens_width_and_type():
@@ -16,6 +16,18 @@ def test_bytes_grow_with_tokens_width_and_type():
 )
 def test_batches_fit_with_room_to_spare(free, one, batch):
     assert tile_batch(free, one) == batch
+
+
+@pytest.mark.parametrize(
+    ("free", "side"),
+    [(0, 16), (32 * 32 * 150, 32), (48 * 48 * 150, 48), (64 * 64 * 150 - 1, 48), (64 * 64 * 150, 64), (10**12, 64)],
+)
+def test_the_side_fits_with_room_to_spare(free, side):
+    assert tile_side(free, lambda height, width: 100 * height * width) == side
+
+
+def test_a_cpu_takes_the_published_side_and_a_few_tiles():
+    assert (TileMemory().side(), TileMemory().batch(64, 64)) == (64, CPU_BATCH)
 
 
 def test_every_device_says_out_of_memory_in_its_own_way():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tsdsr_core.memory import TileMemory
 from tsdsr_core.restore import Model, Options, bicubic, check_image, pad_to, restore
 
 from .tiny import photo
@@ -72,11 +73,31 @@ def test_strength_scales_the_step(strength):
 
 def test_images_of_a_batch_do_not_bleed():
     images = photo(90, 120, batch=3)
-    model = lossless(velocity=lambda z: 0.2 * z.roll(1, 2), tile_batch=lambda height, width: 4)
+    model = lossless(velocity=lambda z: 0.2 * z.roll(1, 2), memory=TileMemory())
     options = Options(scale=2, process_size=0, tile=16, tile_overlap=4)
     together = restore(images, model, options)
     apart = torch.cat([restore(images[i : i + 1], model, options) for i in range(3)])
     assert (together - apart).abs().max() < 1e-6
+
+
+def test_tiles_get_smaller_where_the_free_memory_is_less_than_one_takes():
+    seen = set()
+
+    def velocity(tiles):
+        seen.add(tuple(tiles.shape[2:]))
+        return 0.2 * tiles
+
+    def run(free, **options):
+        seen.clear()
+        memory = TileMemory(tile_bytes=lambda height, width: height * width, free=lambda: free)
+        chosen = Options(scale=1, process_size=0, tile_overlap=20, **options)
+        restore(photo(640, 640), lossless(velocity=velocity, memory=memory), chosen)
+        return set(seen)
+
+    assert run(10**9) == {(64, 64)}
+    assert run(48 * 48 * 2) == {(48, 48)}
+    assert run(0) == {(16, 16)}, "the overlap of 20 gives way"
+    assert run(0, tile=32) == {(32, 32)}, "what the user says is tried"
 
 
 def test_the_input_is_left_alone():

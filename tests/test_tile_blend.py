@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsdsr_core.tile_blend import centred_window, official_window, tiled_velocity
+from tsdsr_core.memory import TileMemory
+from tsdsr_core.tile_blend import Cutting, centred_window, fitting_velocity, official_window, tiled_velocity
 from tsdsr_core.tile_plan import TileSettings, even_tiles, official_tiles
 
 QUIET = lambda done, total, partial: None  # noqa: E731
@@ -92,6 +93,31 @@ def test_memory_for_not_even_one_tile_is_an_error():
 
     with pytest.raises(torch.OutOfMemoryError, match="no memory at all"):
         run(velocity, torch.randn(1, 2, 32, 32), even_tiles(32, 32, TileSettings(16, 4, 2)))
+
+
+def test_tiles_of_half_the_side_follow_where_one_does_not_fit(caplog):
+    released = []
+
+    def velocity(tiles):
+        if tiles.shape[2] > 16:
+            raise torch.OutOfMemoryError("out of memory")
+        return tiles.square()
+
+    z = torch.randn(1, 2, 64, 96)
+    memory = TileMemory(release=lambda: released.append(1))
+    with caplog.at_level(logging.WARNING):
+        result = fitting_velocity(velocity, z, Cutting(TileSettings(64, 20, 2), batch=1), memory, lambda *_: None)
+    assert torch.allclose(result, z.square(), atol=1e-6)
+    assert len(released) == 2
+    assert [record.getMessage().split("; ")[1] for record in caplog.records] == ["going on with 32", "going on with 16"]
+
+
+def test_no_memory_for_the_least_tile_says_what_to_do():
+    def velocity(tiles):
+        raise torch.OutOfMemoryError("no memory at all")
+
+    with pytest.raises(RuntimeError, match="one tile of 16 latent cells, the least there is: close other programs"):
+        fitting_velocity(velocity, torch.randn(1, 2, 32, 32), Cutting(TileSettings()), TileMemory(), lambda *_: None)
 
 
 def test_other_errors_pass_through():

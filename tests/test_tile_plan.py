@@ -74,6 +74,14 @@ def test_a_long_strip_is_cut_where_the_model_has_no_positions():
 
 
 @pytest.mark.parametrize(
+    ("tile", "expected"), [(64, (64, 20)), (48, (48, 20)), (16, (16, 14)), (33, (32, 20)), (512, (96, 20))]
+)
+def test_another_tile_keeps_the_overlap_where_it_can(tile, expected):
+    settings = TileSettings(64, 20, 2, longest_side=96).with_tile(tile)
+    assert (settings.tile, settings.overlap) == expected
+
+
+@pytest.mark.parametrize(
     ("tile", "overlap", "longest", "named"),
     [(63, 8, None, "tile 63"), (0, 0, None, "tile 0"), (64, 64, None, "overlap 64"), (64, 7, None, "overlap 7"),
      (64, -2, None, "overlap -2"), (256, 8, 128, "tile 256")],

@@ -51,5 +51,11 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
+def release_memory(device: torch.device) -> None:
+    """Give an accelerator's cached memory back."""
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
+
+
 def _available(kind: str) -> bool:
     return {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}[kind].is_available()

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from . import lora as lora_module
 from .bundle import BUILTIN, Bundle, read_bundle
-from .device import free_memory
+from .device import free_memory, release_memory
 from .flow import TIMESTEP
 from .lora import Lora
-from .memory import CPU_BATCH, tile_batch, tile_bytes
+from .memory import TileMemory, tile_bytes
 from .prompt import PromptEmbeds
 from .restore import Model
 
@@ -69,16 +69,13 @@ class DiffusersModel:
             vae_factor=2 ** (len(self.vae.config["block_out_channels"]) - 1),
             patch=patch,
             longest_side=(config["pos_embed_max_size"] or config["sample_size"] // patch) * patch,
-            tile_batch=self._tile_batch,
+            memory=TileMemory(self._tile_bytes, lambda: free_memory(self.device), lambda: release_memory(self.device)),
         )
 
-    def _tile_batch(self, tile_height: int, tile_width: int) -> int:
-        free = free_memory(self.device)
-        if free is None:
-            return CPU_BATCH
+    def _tile_bytes(self, tile_height: int, tile_width: int) -> int:
         patch, context = self.transformer.config["patch_size"], self.prompt.tokens.shape[1]
         width, itemsize = self.transformer.inner_dim, self.dtype.itemsize
-        return tile_batch(free, tile_bytes(tile_height, tile_width, patch, context, width, itemsize))
+        return tile_bytes(tile_height, tile_width, patch, context, width, itemsize)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:

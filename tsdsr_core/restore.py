@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor
 from . import colour, official
 from .flow import one_step
 from .geometry import PROCESS_SIZE, SCALE_RANGE, Size, SizePlan, plan_size
-from .tile_blend import Velocity, centred_window, official_window, tiled_velocity
+from .memory import TileMemory
+from .tile_blend import Cutting, Velocity, centred_window, fitting_velocity, official_window
 from .tile_plan import OVERLAP, TILE, TilePlan, TileSettings, even_tiles, official_tiles
 
 Progress = Callable[[str, int, int], None]
@@ -38,8 +39,8 @@ class Model:
     patch: int = 2
     longest_side: int | None = None
     """Longest latent side that the transformer's position table covers."""
-    tile_batch: Callable[[int, int], int] = lambda tile_height, tile_width: 1
-    """Tiles of a size in latent cells to run at once, where the options do not say."""
+    memory: TileMemory = field(default_factory=TileMemory)
+    """Chooses side and batch of the tiles where the options do not."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,11 @@ class Options:
     wavelet_levels: int = colour.WAVELET_LEVELS
     strength: float = 1.0
     recipe: str = "default"
-    tile: int = TILE
+    tile: int | None = None
+    """Side in latent cells; None for the published 64, or less where memory is short."""
     tile_overlap: int = OVERLAP
     tile_batch: int | None = None
-    """None lets the model decide."""
+    """None for as many as fit into memory."""
     process_size: int = PROCESS_SIZE
 
     def __post_init__(self) -> None:
@@ -124,15 +126,15 @@ def restore_at(image: Tensor, size: SizePlan, model: Model, options: Options, pr
 def predict_velocity(z: Tensor, model: Model, options: Options, progress: Progress) -> Tensor:
     """Velocity of scaled latents ``(B, C, h, w)``, in tiles where they are large."""
     recipe = RECIPES[options.recipe]
-    plan = recipe.tiles(z.shape[2], z.shape[3], tile_settings(model, options))
-    window = recipe.window(plan.tile_height, plan.tile_width)
-    batch = options.tile_batch or model.tile_batch(plan.tile_height, plan.tile_width)
-    return tiled_velocity(model.velocity, z, plan, window, batch, lambda done, total, _: progress("step", done, total))
+    cutting = Cutting(tile_settings(model, options), options.tile_batch, recipe.tiles, recipe.window)
+    return fitting_velocity(model.velocity, z, cutting, model.memory, lambda done, total, _: progress("step", done, total))
 
 
 def tile_settings(model: Model, options: Options) -> TileSettings:
     """The tile settings of ``options`` for ``model``; raises ``ValueError`` where they do not suit it."""
-    return TileSettings(options.tile, options.tile_overlap, model.patch, model.longest_side)
+    side = min(TILE, model.longest_side or TILE) if options.tile is None else options.tile
+    settings = TileSettings(side, options.tile_overlap, model.patch, model.longest_side)
+    return settings if options.tile is not None else settings.with_tile(min(side, model.memory.side()))
 
 
 def bicubic(image: Tensor, size: Size) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .memory import is_out_of_memory, log
-from .tile_plan import TilePlan
+from .memory import TILE_SIDES, TileMemory, is_out_of_memory, log
+from .tile_plan import TilePlan, TileSettings, even_tiles
 
 VARIANCE = 0.01
 """Variance of the Gaussian window, relative to the squared tile side."""
@@ -32,6 +33,43 @@ def official_window(tile_height: int, tile_width: int) -> Tensor:
 def _gaussian(length: int, middle: float) -> Tensor:
     offset = (torch.arange(length, dtype=torch.float64) - middle) / length
     return torch.exp(-(offset**2) / (2 * VARIANCE)) / math.sqrt(2 * math.pi * VARIANCE)
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How a latent is cut into tiles and put together again."""
+
+    settings: TileSettings
+    batch: int | None = None
+    """Tiles that run at once; None for as many as fit."""
+    tiles: Callable[[int, int, TileSettings], TilePlan] = even_tiles
+    window: Callable[[int, int], Tensor] = centred_window
+
+
+def fitting_velocity(velocity: Velocity, z: Tensor, cutting: Cutting, memory: TileMemory, tick: Tick) -> Tensor:
+    """``tiled_velocity``; where one tile does not fit into memory, once more with tiles of half the side.
+
+    Raises:
+        RuntimeError: where one tile of the least side does not fit either.
+    """
+    settings = cutting.settings
+    while True:
+        plan = cutting.tiles(z.shape[2], z.shape[3], settings)
+        batch = cutting.batch or memory.batch(plan.tile_height, plan.tile_width)
+        try:
+            return tiled_velocity(velocity, z, plan, cutting.window(plan.tile_height, plan.tile_width), batch, tick)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            side, least = max(plan.tile_height, plan.tile_width), TILE_SIDES[-1]
+            if side <= least:
+                raise RuntimeError(
+                    f"out of memory with one tile of {side} latent cells, the least there is: close other programs, or run "
+                    "on the CPU"
+                ) from error
+            settings = settings.with_tile(max(least, side // 2))
+            log.warning("out of memory with one tile of %d latent cells; going on with %d", side, settings.tile)
+        memory.release()
 
 
 def tiled_velocity(velocity: Velocity, z: Tensor, plan: TilePlan, window: Tensor, batch: int, tick: Tick) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TILE = 64
 OVERLAP = 8
@@ -48,6 +48,11 @@ class TileSettings:
             )
         if self.longest_side is not None and self.tile > self.longest_side:
             raise ValueError(f"tile {self.tile} is above the {self.longest_side} latent cells that this model can see")
+
+    def with_tile(self, tile: int) -> TileSettings:
+        """The same for another tile, or the longest that the model can see; the overlap stays below it."""
+        tile = min(tile, self.longest_side or tile) // self.multiple * self.multiple
+        return replace(self, tile=tile, overlap=min(self.overlap, tile - self.multiple))
 
 
 def needs_tiles(height: int, width: int, settings: TileSettings) -> bool:

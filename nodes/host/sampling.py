@@ -6,7 +6,6 @@ latents on their way in and out, ``(z - shift) * scale``; TSD-SR uses the scale 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +18,12 @@ import torch
 from torch import Tensor
 
 from ...tsdsr_core.flow import TIMESTEP, one_step
-from ...tsdsr_core.memory import CPU_BATCH, is_out_of_memory, tile_batch
+from ...tsdsr_core.memory import CPU_BATCH, TileMemory
 from ...tsdsr_core.restore import pad_to
-from ...tsdsr_core.tile_blend import centred_window, tiled_velocity
-from ...tsdsr_core.tile_plan import TilePlan, TileSettings, even_tiles
+from ...tsdsr_core.tile_blend import Cutting, fitting_velocity
+from ...tsdsr_core.tile_plan import OVERLAP, TILE, TilePlan, TileSettings, even_tiles
 from . import running
 from .models import check_sd3
-
-log = logging.getLogger("tsdsr")
-
-LEAST_TILE = 16
-"""Latent cells; below this, tiles see too little to be worth a run."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +31,9 @@ class StepSettings:
     """What a user chooses about the step."""
 
     strength: float = 1.0
-    tile: int = 64
-    overlap: int = 8
+    tile: int = 0
+    """Latent cells; 0 for the published side, or less where memory is short."""
+    overlap: int = OVERLAP
     batch: int = 0
     """0 for as many tiles at once as fit."""
 
@@ -70,7 +65,9 @@ class OneStepSampler(comfy.samplers.Sampler):
                 callback(done - 1, preview, padded, total)
             running.check_interrupted()
 
-        v = _in_tiles(velocity, padded, base, self.settings, tick)[:, :, : z.shape[2], : z.shape[3]]
+        memory = _memory(base, z)
+        cutting = Cutting(tile_settings(base, self.settings, memory), self.settings.batch or None)
+        v = fitting_velocity(velocity, padded, cutting, memory, tick)[:, :, : z.shape[2], : z.shape[3]]
         if denoise_mask is not None:
             v = v * denoise_mask
         return one_step(z, v, self.settings.strength) - offset
@@ -87,7 +84,7 @@ def run_one_step(
     check_model(model)
     check_conditioning(conditioning)
     check_latents(latents, model)
-    plan = plan_tiles(latents, model.model, settings.tile, settings.overlap)
+    plan = plan_tiles(latents, model, settings)
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning})
     guider.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
@@ -104,14 +101,19 @@ def run_one_step(
     return output.to(comfy.model_management.intermediate_device())
 
 
-def plan_tiles(latents: Tensor, base: Any, tile: int, overlap: int) -> TilePlan:
-    """Tiles over ``latents`` for the host model ``base``."""
-    diffusion = base.diffusion_model
-    multiple = diffusion.patch_size
-    limit = (diffusion.pos_embed_max_size or 0) * multiple or None
-    tile = min(tile, limit or tile)
-    settings = TileSettings(tile, min(overlap, (tile - 1) // multiple * multiple), multiple, limit)
-    return even_tiles(*_padded(latents, base), settings)
+def plan_tiles(latents: Tensor, model: Any, settings: StepSettings) -> TilePlan:
+    """Tiles over ``latents`` where memory is not short: what the host is asked to make room for."""
+    base = model.model
+    return even_tiles(*_padded(latents, base), tile_settings(base, settings, TileMemory()))
+
+
+def tile_settings(base: Any, settings: StepSettings, memory: TileMemory) -> TileSettings:
+    """The core's settings for the host model ``base``, within what its position table covers."""
+    multiple = base.diffusion_model.patch_size
+    limit = (base.diffusion_model.pos_embed_max_size or 0) * multiple or None
+    side = min(settings.tile or TILE, limit or settings.tile or TILE) // multiple * multiple
+    chosen = TileSettings(side, min(settings.overlap, side - 1) // multiple * multiple, multiple, limit)
+    return chosen if settings.tile else chosen.with_tile(min(side, memory.side()))
 
 
 def check_model(model: Any) -> None:
@@ -155,33 +157,15 @@ def check_sigmas(sigmas: Tensor) -> None:
         raise ValueError(f"sigmas {values[:5]}: TSD-SR takes one step from 1 to 0; set the scheduler to 1 step, denoise 1")
 
 
-def _in_tiles(velocity: Any, z: Tensor, base: Any, settings: StepSettings, tick: Any) -> Tensor:
-    """The velocity of ``z``; where one tile does not fit into memory, tiles of half the side are tried."""
-    tile = settings.tile
-    while True:
-        plan = plan_tiles(z, base, tile, settings.overlap)
-        batch = settings.batch or _batch(base, z, plan)
-        try:
-            return tiled_velocity(velocity, z, plan, centred_window(plan.tile_height, plan.tile_width), batch, tick)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            tile = max(plan.tile_height, plan.tile_width)
-            if tile <= LEAST_TILE:
-                raise RuntimeError(
-                    "out of memory with one tile of the least size: close other programs, or start ComfyUI with --lowvram"
-                ) from error
-            smaller = max(LEAST_TILE, tile // 4 * 2)
-            log.warning("out of memory with one tile of %d latent cells; going on with %d", tile, smaller)
-            tile = smaller
-        running.release_memory()
-
-
-def _batch(base: Any, z: Tensor, plan: TilePlan) -> int:
+def _memory(base: Any, z: Tensor) -> TileMemory:
+    """Sizes tiles by the host's own estimate of what the model takes on the device of ``z``."""
     if z.device.type == "cpu":
-        return CPU_BATCH
-    one = base.memory_required([1, z.shape[1], plan.tile_height, plan.tile_width])
-    return tile_batch(running.free_memory(z.device), int(one))
+        return TileMemory()
+    return TileMemory(
+        tile_bytes=lambda height, width: int(base.memory_required([1, z.shape[1], height, width])),
+        free=lambda: running.free_memory(z.device),
+        release=running.release_memory,
+    )
 
 
 def _ask_for_one_batch(model_options: dict[str, Any], plan: TilePlan, images: int, batch: int) -> None:

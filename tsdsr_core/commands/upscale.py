@@ -28,7 +28,7 @@ from ..image_io import Picture, check_output, read_picture, write_picture
 from ..jobs import Job, collect, plan_jobs
 from ..memory import is_out_of_memory
 from ..restore import RECIPES, Options, bicubic, restore, tile_settings
-from ..tile_plan import OVERLAP, TILE
+from ..tile_plan import OVERLAP
 from .model_options import add_device_arguments, add_source_arguments, load_model
 
 
@@ -57,9 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strength", type=float, default=Options.strength, help="of the step: 0 is a round trip through the VAE"
     )
     parser.add_argument("--recipe", choices=RECIPES, default=Options.recipe, help="official: pixels as published")
-    parser.add_argument("--tile", type=int, default=TILE, help="tile side in latent cells")
+    parser.add_argument("--tile", type=_automatic, default="auto", help="tile side in latent cells, or auto: 64 where it fits")
     parser.add_argument("--tile-overlap", type=int, default=OVERLAP, help="least overlap of tiles in latent cells")
-    parser.add_argument("--tile-batch", type=_tile_batch, default="auto", help="tiles at once, a number or auto")
+    parser.add_argument("--tile-batch", type=_automatic, default="auto", help="tiles at once, a number or auto")
     parser.add_argument("--posterior", choices=("mode", "sample"), default="mode", help="of the VAE encoder")
     parser.add_argument("--seed", type=int, default=0, help="of --posterior sample, the same for each picture")
     add_device_arguments(parser)
@@ -157,7 +157,7 @@ def _report(outcomes: list[Outcome], as_json: bool) -> None:
             print(f"{outcome.output}  skipped, it exists")
 
 
-def _tile_batch(text: str) -> int | None:
+def _automatic(text: str) -> int | None:
     if text != "auto" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number or auto")
     return None if text == "auto" else int(text)

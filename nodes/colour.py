@@ -25,7 +25,7 @@ class ColorFix(io.ComfyNode):
             inputs=[
                 field(io.Image, "image", tooltip="The restored picture."),
                 field(io.Image, "reference", tooltip="The picture with the right colours, of any size; one, or one for each."),
-                inputs.colour_fix(),
+                inputs.colour_fix("the reference"),
             ],
             outputs=[io.Image.Output()],
         )

@@ -11,15 +11,26 @@ from torch import Tensor
 from ..tsdsr_core.colour import METHODS, WAVELET_LEVELS
 from ..tsdsr_core.memory import TILE_SIDES
 from ..tsdsr_core.tile_plan import OVERLAP, TILE
+from .host import running
 from .host.sampling import StepSettings
 from .host.schema import field
+
+PRECISIONS = {"auto": None, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def strength() -> Any:
     """The dial between faithful and generative."""
     return field(
         io.Float, "strength", default=1.0, min=0.0, max=2.0, step=0.05,
-        tooltip="How much of the step is taken: 1 as published, less stays closer to the input, 0 changes nothing.",
+        tooltip="How much of the step is taken: 1 as published, less stays closer to the input, 0 leaves what the VAE does.",
+    )  # fmt: skip
+
+
+def vae_precision(automatic: str) -> Any:
+    """Type of the VAE's weights."""
+    return field(
+        io.Combo, "vae_precision", options=list(PRECISIONS), default="auto", advanced=True,
+        tooltip=f"Type of the VAE. bf16 is too coarse for TSD-SR's change of it. auto {automatic}",
     )  # fmt: skip
 
 
@@ -42,17 +53,17 @@ def tiling() -> list[Any]:
     ]  # fmt: skip
 
 
-def colour_fix(levels: int = WAVELET_LEVELS, automatic: str = "") -> Any:
-    """The colour fix, with the one setting that one of them has; ``levels`` is its default."""
+def colour_fix(source: str, levels: int = WAVELET_LEVELS, automatic: str = "") -> Any:
+    """The colour fix from ``source``, with the one setting that one of them has; ``levels`` is its default."""
     wavelet_levels = field(
         io.Int, "wavelet_levels", default=levels, min=min(levels, 1), max=8, advanced=True,
-        tooltip=f"More levels take only the broadest colours from the input. 5 is the published value.{automatic}",
+        tooltip=f"More levels take only the broadest colours from {source}. 5 is the published value.{automatic}",
     )  # fmt: skip
     return field(
         io.DynamicCombo, "color_fix",
         options=[io.DynamicCombo.Option(name, [wavelet_levels] if name == "wavelet" else []) for name in METHODS],
-        tooltip="Whose colours the result has: wavelet keeps the input's low frequencies, adain its mean and contrast, lab "
-        "its lightness and chroma, none changes nothing.",
+        tooltip=f"What is taken from {source}: with wavelet the low frequencies, with adain mean and contrast of each colour, "
+        "with lab the mean lightness and mean and contrast of the chroma, with none nothing.",
     )  # fmt: skip
 
 
@@ -71,7 +82,9 @@ def step_settings(strength: float, tile: int, tile_overlap: int, tile_batch: int
 
 
 def to_core(image: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A host IMAGE ``(B, H, W, 3 or 4)`` as ``(B, 3, H, W)`` in 0..1 and its alpha ``(B, 1, H, W)`` or None.
+    """A host IMAGE ``(B, H, W, 1, 3 or 4)`` as ``(B, 3, H, W)`` in 0..1 and its alpha ``(B, 1, H, W)`` or None.
+
+    Both on the host's device for results, wherever the picture comes from.
 
     Raises:
         ValueError: for another shape, an empty batch, NaN or infinite pixels.
@@ -82,7 +95,7 @@ def to_core(image: Tensor) -> tuple[Tensor, Tensor | None]:
         raise ValueError(f"the image has the shape {tuple(image.shape)}: expected (batch, height, width, 3 or 4), not empty")
     if not torch.isfinite(image).all():
         raise ValueError("the image has NaN or infinite pixels: check the node before")
-    channels = image.float().movedim(-1, 1).clamp(0, 1)
+    channels = image.to(running.results_device(), torch.float32).movedim(-1, 1).clamp(0, 1)
     return channels[:, :3], channels[:, 3:] if channels.shape[1] == 4 else None
 
 

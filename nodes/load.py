@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 
-from ..tsdsr_core.bundle import BUILTIN, read_bundle
+from ..tsdsr_core.bundle import BUILTIN
 from ..tsdsr_core.lora import TRANSFORMER_FILE, VAE_FILE, load_lora
 from ..tsdsr_core.prompt import POOLED_FILE, TOKENS_FILE, load_prompt
-from .host import files, models
+from . import inputs
+from .host import files, loras, models
 from .host.schema import field, schema
 
 _LORAS = ("loras",)
 _PROMPTS = (files.FOLDER, "embeddings")
 _BUNDLES = (files.FOLDER, "checkpoints")
 _BUILTIN_NAME = "built-in model (no download)"
-_PRECISIONS = {"auto": None, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def _likely(names: list[str], ending: str) -> str | None:
-    """The first of ``names`` that ends like the published file."""
-    return next((name for name in names if name.endswith(ending)), None)
+def _likely(names: list[str], published: str) -> str | None:
+    """The first of ``names`` that is called like the published file, in whichever folder."""
+    return next((name for name in names if name.split("/")[-1] == published), None)
 
 
 class LoadLora(io.ComfyNode):
@@ -55,17 +54,13 @@ class LoadLora(io.ComfyNode):
                     io.Float, "vae_strength", default=1.0, min=0.0, max=2.0, step=0.05, advanced=True,
                     tooltip="Strength of the VAE encoder's LoRA; 1 as published.",
                 ),
-                field(
-                    io.Combo, "vae_precision", options=list(_PRECISIONS), default="auto", advanced=True,
-                    tooltip="auto keeps the VAE as it is, unless it is bf16, which is too coarse for the LoRA: then fp16 on "
-                    "a GPU and fp32 on the CPU.",
-                ),
+                inputs.vae_precision("keeps what it is; if that is bf16, it takes fp16 on a GPU and fp32 on the CPU."),
             ],
             outputs=[io.Model.Output(), io.Vae.Output()],
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, transformer_lora: str, vae_lora: str, **others: Any) -> Any:
+    def fingerprint_inputs(cls, transformer_lora: str | None, vae_lora: str | None, **others: Any) -> Any:
         return files.state(_LORAS, transformer_lora), files.state(_LORAS, vae_lora)
 
     @classmethod
@@ -73,14 +68,13 @@ class LoadLora(io.ComfyNode):
         cls, model: Any, vae: Any, transformer_lora: str, vae_lora: str, transformer_strength: float, vae_strength: float,
         vae_precision: str,
     ) -> io.NodeOutput:  # fmt: skip
-        loras = [
+        parsed = [
             load_lora(files.find(_LORAS, name), target)
             for name, target in ((transformer_lora, "transformer"), (vae_lora, "vae"))
         ]
         models.check_sd3(model)
-        dtype = _PRECISIONS[vae_precision] or models.precise_dtype(vae)
-        patched_vae = models.patch_vae(vae, loras[1], vae_strength, dtype)
-        return io.NodeOutput(models.patch_model(model, loras[0], transformer_strength), patched_vae)
+        patched_vae = loras.patch_vae(vae, parsed[1], vae_strength, inputs.PRECISIONS[vae_precision])
+        return io.NodeOutput(loras.patch_model(model, parsed[0], transformer_strength), patched_vae)
 
 
 class LoadPrompt(io.ComfyNode):
@@ -98,7 +92,7 @@ class LoadPrompt(io.ComfyNode):
             search_aliases=["tsdsr prompt", "prompt embeddings", "prompt_embeds.pt"],
             inputs=[
                 field(
-                    io.Combo, "prompt", options=names,
+                    io.Combo, "prompt", options=names, default=_likely(names, TOKENS_FILE),
                     tooltip=f"{TOKENS_FILE} with {POOLED_FILE} beside it, or one safetensors file; in models/tsdsr or "
                     "models/embeddings.",
                 )
@@ -107,8 +101,9 @@ class LoadPrompt(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, prompt: str) -> Any:
-        return files.state(_PROMPTS, prompt)
+    def fingerprint_inputs(cls, prompt: str | None) -> Any:
+        pooled = prompt and prompt.removesuffix(TOKENS_FILE) + POOLED_FILE
+        return files.state(_PROMPTS, prompt), files.state(_PROMPTS, pooled)
 
     @classmethod
     def execute(cls, prompt: str) -> io.NodeOutput:
@@ -132,16 +127,17 @@ class LoadCheckpoint(io.ComfyNode):
                     default=_BUILTIN_NAME,
                     tooltip="The built-in model, or a TSD-SR bundle in models/tsdsr or models/checkpoints (made by TSD-SR "
                     "Save Checkpoint or the command tsdsr bundle --merge).",
-                )
+                ),
+                inputs.vae_precision("takes fp16 on a GPU and fp32 on the CPU."),
             ],
             outputs=[io.Model.Output(), io.Vae.Output(), io.Conditioning.Output()],
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str) -> Any:
+    def fingerprint_inputs(cls, checkpoint: str | None, **others: Any) -> Any:
         return "" if checkpoint == _BUILTIN_NAME else files.state(_BUNDLES, checkpoint)
 
     @classmethod
-    def execute(cls, checkpoint: str) -> io.NodeOutput:
+    def execute(cls, checkpoint: str, vae_precision: str) -> io.NodeOutput:
         path = BUILTIN if checkpoint == _BUILTIN_NAME else files.find(_BUNDLES, checkpoint)
-        return io.NodeOutput(*models.load_bundle(read_bundle(path)))
+        return io.NodeOutput(*models.load_bundle(path, inputs.PRECISIONS[vae_precision]))

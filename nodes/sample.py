@@ -24,7 +24,7 @@ class OneStep(io.ComfyNode):
             inputs=[
                 field(io.Model, "model", tooltip="SD3 with the TSD-SR LoRA, or a TSD-SR checkpoint's model."),
                 field(io.Conditioning, "conditioning", tooltip="The prompt of TSD-SR, or any prompt of SD3."),
-                field(io.Latent, "latent"),
+                field(io.Latent, "latent", tooltip="The enlarged picture from TSD-SR Encode, with the VAE of the same loader."),
                 inputs.strength(),
                 *inputs.tiling(),
             ],
@@ -37,7 +37,7 @@ class OneStep(io.ComfyNode):
         tile_batch: int,
     ) -> io.NodeOutput:  # fmt: skip
         settings = inputs.step_settings(strength, tile, tile_overlap, tile_batch)
-        samples = run_one_step(model, conditioning, latent["samples"], settings)
+        samples = run_one_step(model, conditioning, latent["samples"], settings, latent.get("noise_mask"))
         return io.NodeOutput({**latent, "samples": samples})
 
 

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..tsdsr_core.bundle import write_bundle
-from .host import files, models, sampling
+from .host import files, sampling, saving
 from .host.schema import field, schema
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -26,12 +26,12 @@ class SaveCheckpoint(io.ComfyNode):
             "command tsdsr read it. A file that contains Stable Diffusion 3 stays under its licence.",
             search_aliases=["tsdsr bundle", "merge lora"],
             inputs=[
-                field(io.Model, "model"),
-                field(io.Vae, "vae"),
-                field(io.Conditioning, "conditioning"),
+                field(io.Model, "model", tooltip="SD3 with the TSD-SR LoRA, or a TSD-SR checkpoint's model."),
+                field(io.Vae, "vae", tooltip="The VAE from the same loader as the model."),
+                field(io.Conditioning, "conditioning", tooltip="The prompt of TSD-SR; its first entry is saved."),
                 field(
                     io.String, "filename_prefix", default="checkpoints/tsdsr",
-                    tooltip="In the output folder; what lies in its subfolder checkpoints can be chosen in the loader at once.",
+                    tooltip="In the output folder. Press R, and the loader lists what lies in its subfolder checkpoints.",
                 ),
                 field(io.Combo, "dtype", options=list(_DTYPES), default="fp16", advanced=True, tooltip="Type of the weights."),
             ],
@@ -42,7 +42,7 @@ class SaveCheckpoint(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, vae: Any, conditioning: Any, filename_prefix: str, dtype: str) -> io.NodeOutput:
         sampling.check_model(model)
-        sampling.check_conditioning(conditioning)
+        sampling.check_conditioning(conditioning, model)
         path, shown = files.new_output(filename_prefix)
-        write_bundle(path, models.to_bundle(model, vae, conditioning, _DTYPES[dtype], {"made by": "TSDSRSaveCheckpoint"}))
+        write_bundle(path, saving.to_bundle(model, vae, conditioning, _DTYPES[dtype], {"made by": "TSDSRSaveCheckpoint"}))
         return io.NodeOutput(ui={"text": [shown]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from .host.sampling import StepSettings
 from .host.schema import field, schema
 
 _LARGEST = 16384
+_MOST_PIXELS = _LARGEST**2
 _BY_FACTOR, _LONGER_SIDE, _SHORTER_SIDE, _WIDTH, _HEIGHT = "scale by", "longer side", "shorter side", "width", "height"
 
 
@@ -35,7 +37,7 @@ class Upscale(io.ComfyNode):
             search_aliases=["tsdsr", "tsd-sr", "upscale", "super resolution", "restore photo", "denoise photo", "enlarge"],
             essentials_category="Image Tools",
             inputs=[
-                field(io.Image, "image"),
+                field(io.Image, "image", tooltip="One picture or a batch, of any size, with or without alpha."),
                 field(io.Model, "model", tooltip="SD3 with the TSD-SR LoRA, or a TSD-SR checkpoint's model."),
                 field(io.Vae, "vae", tooltip="The VAE from the same loader as the model."),
                 field(io.Conditioning, "conditioning", tooltip="The prompt of TSD-SR, or any prompt of SD3."),
@@ -53,7 +55,7 @@ class Upscale(io.ComfyNode):
                     tooltip="The size of the result; the picture keeps its proportions.",
                 ),
                 inputs.strength(),
-                inputs.colour_fix(levels=0, automatic=" 0 takes what suits the model."),
+                inputs.colour_fix("the input", levels=0, automatic=" 0 takes what suits the model."),
                 *inputs.tiling(),
             ],
             outputs=[io.Image.Output()],
@@ -73,11 +75,13 @@ class Upscale(io.ComfyNode):
             Options(colour_fix=color_fix["color_fix"], **defaults), _target((rgb.shape[2], rgb.shape[3]), size),
         )  # fmt: skip
         sampling.check_model(model)
-        sampling.check_conditioning(conditioning)
+        sampling.check_conditioning(conditioning, model)
         progress = running.Progress(len(rgb) * restorer.units())
-        results = [restorer.run(picture, progress) for picture in rgb.split(1)]
-        larger = None if alpha is None else bicubic(alpha, restorer.target)
-        return io.NodeOutput(inputs.to_host(torch.cat(results), larger))
+        result = rgb.new_empty(len(rgb), *restorer.target, 3 if alpha is None else 4)
+        for index, picture in enumerate(restorer.run(rgb, progress)):
+            larger = None if alpha is None else bicubic(alpha[index : index + 1], restorer.target)
+            result[index : index + 1] = inputs.to_host(picture, larger)
+        return io.NodeOutput(result)
 
 
 @dataclass(frozen=True)
@@ -105,20 +109,30 @@ class Restorer:
         plan = sampling.plan_tiles(latents, self.model, self.settings)
         return 2 * host_vae.tile_count(height, width) + len(plan)
 
-    def run(self, image: Tensor, progress: running.Progress) -> Tensor:
-        """One image ``(1, 3, H, W)`` in 0..1 to its target size."""
-        z = host_vae.encode(self.vae, to_pixels(image, self.size), progress)
-        z = sampling.run_one_step(self.model, self.conditioning, z, self.settings, progress)
-        y = host_vae.decode(self.vae, z, progress)
-        return finish(from_pixels(y, self.size), image, self.target, self.options)
+    def run(self, images: Tensor, progress: running.Progress) -> Iterator[Tensor]:
+        """Images ``(B, 3, H, W)`` in 0..1, one by one in their target size; each model is loaded once for all of them."""
+        encoded = [host_vae.encode(self.vae, to_pixels(image, self.size), progress) for image in images.split(1)]
+        z = sampling.run_one_step(self.model, self.conditioning, torch.cat(encoded), self.settings, progress=progress)
+        for image, latent in zip(images.split(1), z.split(1), strict=True):
+            y = host_vae.decode(self.vae, latent, progress)
+            yield finish(from_pixels(y, self.size), image, self.target, self.options)
 
 
 def _target(size: Size, wanted: dict[str, Any]) -> Size:
     """(height, width) of the result.
 
     Raises:
-        ValueError: where it is more than 16 times the input.
+        ValueError: where it is more than 16 times the input, or too large for any memory.
     """
+    target = _wanted(size, wanted)
+    if target[0] * target[1] > _MOST_PIXELS:
+        raise ValueError(
+            f"the result would be {target[1]}x{target[0]} pixels, more than {_LARGEST}x{_LARGEST}: choose a smaller size"
+        )
+    return target
+
+
+def _wanted(size: Size, wanted: dict[str, Any]) -> Size:
     how = wanted["size"]
     if how == _BY_FACTOR:
         return target_size(size, wanted["factor"])

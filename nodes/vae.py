@@ -26,10 +26,13 @@ class Encode(io.ComfyNode):
         return schema(
             "TSDSREncode",
             "TSD-SR Encode",
-            description="Encodes a picture of any size, in tiles where memory asks for it. Nothing is cropped: odd sizes are "
-            "padded, and TSD-SR Decode takes the padding away again.",
+            description="Encodes a picture of any size, in tiles where memory asks for it. Nothing is cropped: sides that "
+            "do not fit the model are padded, and TSD-SR Decode takes the padding away again.",
             search_aliases=["tsdsr vae encode", "tiled vae encode"],
-            inputs=[field(io.Image, "image"), field(io.Vae, "vae")],
+            inputs=[
+                field(io.Image, "image", tooltip="One picture or a batch, of any size; enlarge it first. Alpha is left out."),
+                field(io.Vae, "vae", tooltip="The VAE from the same loader as the model."),
+            ],
             outputs=[io.Latent.Output()],
         )
 
@@ -51,7 +54,10 @@ class Decode(io.ComfyNode):
             "TSD-SR Decode",
             description="Decodes a latent of any size, in tiles where memory asks for it.",
             search_aliases=["tsdsr vae decode", "tiled vae decode"],
-            inputs=[field(io.Latent, "latent"), field(io.Vae, "vae")],
+            inputs=[
+                field(io.Latent, "latent", tooltip="A latent of any size."),
+                field(io.Vae, "vae", tooltip="The VAE from the same loader as the model."),
+            ],
             outputs=[io.Image.Output()],
         )
 

@@ -1,7 +1,10 @@
+import shutil
+
 import pytest
 
 from . import host as host_module
 from .host import Host
+from .host_graphs import SD3, make_sd3
 from .tiny import Published, make_published, photo
 
 
@@ -23,8 +26,15 @@ def host(tmp_path_factory: pytest.TempPathFactory):
     for name in ("example", "photos/a"):
         write_picture(server.base / "input" / f"{name}.png", Picture(photo(16, 20)))
     write_picture(server.base / "input" / "photos" / "b.png", Picture(photo(21, 17)))
+    shutil.copy(host_module.ROOT / "tests" / "data" / "lq-light" / "lighthouse.png", server.base / "input" / "lighthouse.png")
     write_picture(server.base / "input" / "photo.png", Picture(photo(44, 52, 3)))
     write_picture(server.base / "input" / "large.png", Picture(photo(512, 512, 4)))
     write_picture(server.base / "input" / "alpha.png", Picture(photo(20, 26), alpha=photo(20, 26, 9)[:, :1]))
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def sd3(host: Host) -> SD3:
+    """Random weights in SD3's layout, where the host finds them."""
+    return make_sd3(host)

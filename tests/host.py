@@ -94,8 +94,12 @@ class Host:
 
     def get(self, path: str) -> Any:
         """The JSON that a GET request answers."""
+        return json.loads(self.read(path))
+
+    def read(self, path: str) -> bytes:
+        """What a GET request answers."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
-            return json.load(answer)
+            return answer.read()
 
     def post(self, path: str, data: Any) -> Any:
         """The JSON that a POST request answers, also where it is an error."""

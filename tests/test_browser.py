@@ -23,6 +23,7 @@ WORKFLOWS = sorted(FOLDER.glob("*.json"))
 RECORDED = host_module.ROOT / "tests" / "data" / "frontend.json"
 """What a real host (0.33.0) answered the frontend at start, /object_info cut down to the nodes that the workflows use."""
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
+READY = "!!(window.app && window.app.graph && LiteGraph.registered_node_types.TSDSRUpscale)"
 STATUS = {"type": "status", "data": {"status": {"exec_info": {"queue_remaining": 0}}, "sid": "recorded"}}
 WAIT = 120_000
 
@@ -83,11 +84,11 @@ def page(request, browser):
         server = request.getfixturevalue("host")
         server.post("/settings", SETTINGS)
         address = f"http://127.0.0.1:{server.port}/"
-    page.goto(address)
-    page.wait_for_function("!!(window.app && window.app.graph && LiteGraph.registered_node_types.TSDSRUpscale)", timeout=WAIT)
-    page.wait_for_timeout(3000)
     page.on("console", lambda message: page.errors.append(message.text) if is_error(message) else None)
     page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.goto(address)
+    page.wait_for_function(READY, timeout=WAIT)
+    page.wait_for_timeout(3000)
     yield page
     page.close()
 

@@ -35,5 +35,9 @@ def test_every_device_says_out_of_memory_in_its_own_way():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
+    for said in ("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes",
+                 "There is not enough GPU video memory available!", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling",
+                 "Invalid buffer size: 9.00 GB"):  # fmt: skip
+        assert is_out_of_memory(RuntimeError(said)), said
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert not is_out_of_memory(ValueError("x"))

@@ -96,7 +96,7 @@ def test_tiles_get_smaller_where_the_free_memory_is_less_than_one_takes():
 
     assert run(10**9) == {(64, 64)}
     assert run(48 * 48 * 2) == {(48, 48)}
-    assert run(0) == {(16, 16)}, "the overlap of 20 gives way"
+    assert run(0) == {(16, 16)}
     assert run(0, tile=32) == {(32, 32)}, "what the user says is tried"
 
 

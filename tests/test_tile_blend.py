@@ -91,7 +91,7 @@ def test_memory_for_not_even_one_tile_is_an_error():
     def velocity(tiles):
         raise torch.OutOfMemoryError("no memory at all")
 
-    with pytest.raises(torch.OutOfMemoryError, match="no memory at all"):
+    with pytest.raises(RuntimeError, match="out of memory with one tile: no memory at all"):
         run(velocity, torch.randn(1, 2, 32, 32), even_tiles(32, 32, TileSettings(16, 4, 2)))
 
 
@@ -110,6 +110,14 @@ def test_tiles_of_half_the_side_follow_where_one_does_not_fit(caplog):
     assert torch.allclose(result, z.square(), atol=1e-6)
     assert len(released) == 2
     assert [record.getMessage().split("; ")[1] for record in caplog.records] == ["going on with 32", "going on with 16"]
+
+
+def test_what_the_watcher_runs_out_of_is_not_put_down_to_the_tiles():
+    def tick(done, total, partial):
+        raise torch.OutOfMemoryError("the preview is too large")
+
+    with pytest.raises(torch.OutOfMemoryError, match="the preview is too large"):
+        fitting_velocity(torch.square, torch.randn(1, 2, 64, 64), Cutting(TileSettings()), TileMemory(), tick)
 
 
 def test_no_memory_for_the_least_tile_says_what_to_do():

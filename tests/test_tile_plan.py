@@ -73,10 +73,8 @@ def test_a_long_strip_is_cut_where_the_model_has_no_positions():
     assert len(even_tiles(8, 386, settings)) > 1
 
 
-@pytest.mark.parametrize(
-    ("tile", "expected"), [(64, (64, 20)), (48, (48, 20)), (16, (16, 14)), (33, (32, 20)), (512, (96, 20))]
-)
-def test_another_tile_keeps_the_overlap_where_it_can(tile, expected):
+@pytest.mark.parametrize(("tile", "expected"), [(64, (64, 20)), (48, (48, 14)), (16, (16, 4)), (33, (32, 10)), (512, (96, 20))])
+def test_a_smaller_tile_keeps_the_share_that_overlaps(tile, expected):
     settings = TileSettings(64, 20, 2, longest_side=96).with_tile(tile)
     assert (settings.tile, settings.overlap) == expected
 

@@ -78,7 +78,7 @@ def load_lora(path: Path, expected: str | None = None) -> Lora:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-    not_finite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    not_finite = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
     if not_finite:
         raise ValueError(f"{path} has NaN or infinite values in {_some(not_finite)}: it is damaged")
     try:

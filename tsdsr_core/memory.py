@@ -22,6 +22,12 @@ LARGEST_BATCH = 16
 TILE_SIDES = (TILE, 48, 32, 16)
 """Latent cells; below the least, tiles see too little to be worth a run."""
 
+_OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "not enough memory", "not enough gpu video memory", "alloc_failed",
+    "invalid buffer size",
+)  # fmt: skip
+"""What CUDA, Linux, Windows, DirectML, cuBLAS and Metal say."""
+
 
 def tile_bytes(tile_height: int, tile_width: int, patch: int, context_tokens: int, width: int, itemsize: int) -> int:
     """Activation bytes of one latent tile in the transformer.
@@ -71,4 +77,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)

@@ -46,6 +46,10 @@ class Cutting:
     window: Callable[[int, int], Tensor] = centred_window
 
 
+class _TileTooLarge(RuntimeError):
+    """One tile does not fit into memory."""
+
+
 def fitting_velocity(velocity: Velocity, z: Tensor, cutting: Cutting, memory: TileMemory, tick: Tick) -> Tensor:
     """``tiled_velocity``; where one tile does not fit into memory, once more with tiles of half the side.
 
@@ -58,15 +62,13 @@ def fitting_velocity(velocity: Velocity, z: Tensor, cutting: Cutting, memory: Ti
         batch = cutting.batch or memory.batch(plan.tile_height, plan.tile_width)
         try:
             return tiled_velocity(velocity, z, plan, cutting.window(plan.tile_height, plan.tile_width), batch, tick)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+        except _TileTooLarge as error:
             side, least = max(plan.tile_height, plan.tile_width), TILE_SIDES[-1]
             if side <= least:
                 raise RuntimeError(
                     f"out of memory with one tile of {side} latent cells, the least there is: close other programs, or run "
                     "on the CPU"
-                ) from error
+                ) from error.__cause__
             settings = settings.with_tile(max(least, side // 2))
             log.warning("out of memory with one tile of %d latent cells; going on with %d", side, settings.tile)
         memory.release()
@@ -76,7 +78,7 @@ def tiled_velocity(velocity: Velocity, z: Tensor, plan: TilePlan, window: Tensor
     """Velocity of a whole latent as the window-weighted mean over its tiles.
 
     Tiles of all images run together in batches of ``batch``; when memory runs out the batch is halved and the run goes
-    on, down to one tile.
+    on, down to one tile; where that does not fit either, an error says so.
 
     Args:
         velocity: maps ``(N, C, tile_height, tile_width)`` to the same shape.
@@ -114,8 +116,10 @@ def _run_batches(
         try:
             result = velocity(tiles)
         except RuntimeError as error:
-            if not is_out_of_memory(error) or len(some) == 1:
+            if not is_out_of_memory(error):
                 raise
+            if len(some) == 1:
+                raise _TileTooLarge(f"out of memory with one tile: {error}") from error
             batch = len(some) // 2
             log.warning("out of memory with %d tiles at once; going on with %d", len(some), batch)
             continue

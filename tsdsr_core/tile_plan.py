@@ -50,9 +50,10 @@ class TileSettings:
             raise ValueError(f"tile {self.tile} is above the {self.longest_side} latent cells that this model can see")
 
     def with_tile(self, tile: int) -> TileSettings:
-        """The same for another tile, or the longest that the model can see; the overlap stays below it."""
+        """The same for another tile, or the longest that the model can see; the overlap keeps its share of a smaller one."""
         tile = min(tile, self.longest_side or tile) // self.multiple * self.multiple
-        return replace(self, tile=tile, overlap=min(self.overlap, tile - self.multiple))
+        share = min(self.overlap, self.overlap * tile // self.tile)
+        return replace(self, tile=tile, overlap=share // self.multiple * self.multiple)
 
 
 def needs_tiles(height: int, width: int, settings: TileSettings) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import folder_paths
@@ -19,9 +20,12 @@ def register_folder() -> None:
 
 
 def names(folders: tuple[str, ...], suffixes: tuple[str, ...]) -> list[str]:
-    """Names of the files in ``folders`` that end in one of ``suffixes``, without repeats."""
+    """Names of the files in ``folders`` that end in one of ``suffixes``, without repeats.
+
+    Subfolders are set off by ``/`` on every system, so that a workflow made on one opens on another.
+    """
     found = [name for folder in folders for name in folder_paths.get_filename_list(folder) if name.endswith(suffixes)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(name.replace(os.sep, "/") for name in found))
 
 
 def find(folders: tuple[str, ...], name: str) -> Path:
@@ -38,8 +42,10 @@ def find(folders: tuple[str, ...], name: str) -> Path:
     raise ValueError(f"{name!r} is in none of {where}: refresh the page if you moved it, and choose again")
 
 
-def state(folders: tuple[str, ...], name: str) -> str:
-    """Changes when the file does, so that a replaced file is read again."""
+def state(folders: tuple[str, ...], name: str | None) -> str:
+    """Changes when the file does, so that a replaced file is read again; "" for None, a name that comes over a link."""
+    if name is None:
+        return ""
     try:
         status = find(folders, name).stat()
     except (ValueError, OSError):

@@ -1,39 +1,36 @@
-"""Native model and VAE objects: built from bundles, patched by LoRAs, read back into bundles."""
+"""Native model and VAE objects, built from bundles; what is known of those from other loaders."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import comfy.lora
 import comfy.model_base
 import comfy.model_management
 import comfy.sd
-import comfy.utils
 import torch
 from torch import Tensor
 
-from ...tsdsr_core.bundle import Bundle
-from ...tsdsr_core.lora import Lora, check_fit
+from ...tsdsr_core.bundle import Bundle, read_bundle
 from ...tsdsr_core.prompt import PromptEmbeds
-from ...tsdsr_core.vae_keys import to_original, weights_to_diffusers, weights_to_original
+from ...tsdsr_core.vae_keys import weights_to_original
 
 DEFAULTS = "tsdsr_defaults"
 """Name of the attachment with which a model carries the options that suit it."""
 _SD3_WIDTHS = [128, 256, 512, 512]
-_NORM_GROUPS = 32
+NORM_GROUPS = 32
 """ComfyUI's autoencoder knows no other number."""
 
 
-def build_model(bundle: Bundle) -> Any:
-    """A MODEL from the merged transformer of a bundle.
+def build_model(bundle: Bundle, **options: Any) -> Any:
+    """A MODEL from the merged transformer of a bundle; ``options`` are the host loader's.
 
     Raises:
         ValueError: where ComfyUI cannot hold it.
     """
     weights = dict(bundle.transformer)
-    model = comfy.sd.load_diffusion_model_state_dict(weights)
+    model = comfy.sd.load_diffusion_model_state_dict(weights, **options)
     if model is None or not isinstance(model.model, comfy.model_base.SD3) or weights:
         raise ValueError(f"ComfyUI cannot load this bundle's transformer as SD3; left over: {sorted(weights)[:8]}")
     model.set_attachments(DEFAULTS, dict(bundle.defaults))
@@ -50,9 +47,9 @@ def build_vae(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -
         ValueError: where ComfyUI cannot hold it.
     """
     sd = dict(weights)
-    shape = _vae_shape(sd)
-    if any(width % _NORM_GROUPS for width in shape["widths"]):
-        raise ValueError(f"VAE widths {shape['widths']}: ComfyUI needs multiples of {_NORM_GROUPS}")
+    shape = vae_shape(sd)
+    if any(width % NORM_GROUPS for width in shape["widths"]):
+        raise ValueError(f"VAE widths {shape['widths']}: ComfyUI needs multiples of {NORM_GROUPS}")
     if shape["widths"] == _SD3_WIDTHS:
         return comfy.sd.VAE(sd=sd, dtype=dtype)
     sd.setdefault("quant_conv.weight", torch.eye(2 * shape["latents"])[:, :, None, None])
@@ -72,17 +69,40 @@ def build_vae(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -
     return vae
 
 
-def load_bundle(bundle: Bundle) -> tuple[Any, Any, list[Any]]:
+def load_bundle(path: Path, vae_dtype: torch.dtype | None = None) -> tuple[Any, Any, list[Any]]:
     """MODEL, VAE and CONDITIONING of a merged bundle.
 
+    Args:
+        vae_dtype: of the VAE's weights; None for the fastest that keeps what TSD-SR's LoRA changed.
+
     Raises:
-        ValueError: for a LoRA bundle, or one that ComfyUI cannot hold.
+        ValueError: for a file that is no bundle, a LoRA bundle, or one that ComfyUI cannot hold.
     """
+    bundle = read_bundle(path)
     if bundle.kind != "merged":
         raise ValueError("this bundle holds only LoRAs: choose a merged one, or make it with TSD-SR Save Checkpoint")
+    model, vae = build_model(bundle), _bundled_vae(bundle, vae_dtype)
+    # newer hosts build a model again from this for a second device, and where dynamic VRAM does not go with a node
+    model.cached_patcher_init = (_load_model, (path,))
+    vae.patcher.cached_patcher_init = (_load_vae, (path, vae_dtype))
+    return model, vae, to_conditioning(bundle.prompt)
+
+
+def _bundled_vae(bundle: Bundle, dtype: torch.dtype | None) -> Any:
     levels = len(bundle.configs["vae"]["block_out_channels"])
-    vae = build_vae(weights_to_original(bundle.vae, levels))
-    return build_model(bundle), vae, to_conditioning(bundle.prompt)
+    if dtype is None:
+        device = comfy.model_management.vae_device()
+        dtype = comfy.model_management.vae_dtype(device, [torch.float16, torch.float32])
+        dtype = precise_dtype(device) if dtype == torch.bfloat16 else dtype
+    return build_vae(weights_to_original(bundle.vae, levels), dtype)
+
+
+def _load_model(path: Path, disable_dynamic: bool = False) -> Any:
+    return build_model(read_bundle(path), disable_dynamic=disable_dynamic)
+
+
+def _load_vae(path: Path, dtype: torch.dtype | None, disable_dynamic: bool = False) -> Any:
+    return _bundled_vae(read_bundle(path), dtype).patcher
 
 
 def check_sd3(model: Any) -> None:
@@ -92,11 +112,9 @@ def check_sd3(model: Any) -> None:
         raise ValueError(f"the MODEL is a {name}: TSD-SR runs on Stable Diffusion 3 medium; connect that or the built-in model")
 
 
-def precise_dtype(vae: Any) -> torch.dtype | None:
-    """None where the VAE's own type keeps a small LoRA; bf16 does not, so fp16 on a GPU, fp32 on the CPU."""
-    if vae.vae_dtype != torch.bfloat16:
-        return None
-    return torch.float32 if vae.patcher.load_device.type == "cpu" else torch.float16
+def precise_dtype(device: torch.device) -> torch.dtype:
+    """The fastest type of a VAE on ``device`` that keeps a small LoRA, which bf16 does not."""
+    return torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32
 
 
 def to_conditioning(prompt: PromptEmbeds) -> list[Any]:
@@ -115,135 +133,7 @@ def defaults_of(model: Any) -> dict[str, Any]:
     return dict(model.get_attachment(DEFAULTS) or {})
 
 
-def patch_model(model: Any, lora: Lora, strength: float) -> Any:
-    """A copy of the MODEL with the transformer's LoRA, all modules or none.
-
-    Raises:
-        ValueError: where modules are left over or have other shapes.
-    """
-    found: dict[str, Any] = comfy.lora.model_lora_keys_unet(model.model, {})
-    targets = {name: found.get(f"transformer.{name}") for name in lora.pairs}
-    patched = model.clone()
-    _add(patched, lora, targets, strength)
-    return patched
-
-
-def patch_vae(vae: Any, lora: Lora, strength: float, dtype: torch.dtype | None) -> Any:
-    """A copy of the VAE with the encoder's LoRA, in ``dtype`` where it differs from the VAE's.
-
-    Raises:
-        ValueError: where modules are left over or have other shapes.
-    """
-    weights = vae.first_stage_model.state_dict()
-    if "decoder.up.0.block.0.conv1.weight" not in weights:
-        raise ValueError(f"the VAE is a {type(vae.first_stage_model).__name__}: expected the one of Stable Diffusion 3")
-    if dtype is None or dtype == vae.vae_dtype:
-        patched = copy.copy(vae)
-        patched.patcher = vae.patcher.clone()
-    else:
-        base = {key: entries[0][0] for key, entries in vae.patcher.get_key_patches().items()}
-        patched = build_vae(base, dtype)
-        patched.patcher.patches = {key: list(entries) for key, entries in vae.patcher.patches.items()}
-    levels = len(_vae_shape(weights)["widths"])
-    targets = {name: f"{to_original(name, levels)}.weight" for name in lora.pairs}
-    _add(patched.patcher, lora, targets, strength)
-    return patched
-
-
-def _add(patcher: Any, lora: Lora, targets: Mapping[str, Any], strength: float) -> None:
-    """Add ``lora`` to ``patcher``; ``targets`` gives the host's key of each module, with its part of a joint weight."""
-    weights = patcher.model_state_dict()
-    shapes = {}
-    for name, target in targets.items():
-        key, offset, *_ = target if isinstance(target, tuple) else (target, None)
-        if key in weights:
-            shape = list(weights[key].shape)
-            if offset is not None:
-                shape[offset[0]] = offset[2]
-            linear = len(lora.pairs[name].weight_shape) == 2 and shape[2:] == [1, 1]  # the VAE's attention
-            shapes[name] = tuple(shape[:2] if linear else shape)
-    check_fit(lora, shapes)
-    patches = comfy.lora.load_lora(lora.state_dict(), dict(targets))
-    added = patcher.add_patches(patches, strength)
-    if len(added) != len(lora.pairs):
-        raise ValueError(f"ComfyUI took {len(added)} of the {len(lora.pairs)} modules of the {lora.target} LoRA")
-
-
-def merged_weights(patcher: Any, prefix: str) -> dict[str, Tensor]:
-    """All weights of a patcher's model under ``prefix``, without it, with their patches merged in fp32, on the CPU."""
-    merged = {}
-    for key, ((weight, convert), *patches) in patcher.get_key_patches(prefix).items():
-        value = convert(weight.to("cpu", torch.float32, copy=True), inplace=False)  # merging works in place
-        merged[key.removeprefix(prefix)] = comfy.lora.calculate_weight(patches, value, key)
-    return merged
-
-
-def to_bundle(model: Any, vae: Any, conditioning: list[Any], dtype: torch.dtype, notes: Mapping[str, str]) -> Bundle:
-    """A self-contained bundle of native objects, their patches merged."""
-    native = merged_weights(model, "diffusion_model.")
-    unet = model.model.model_config.unet_config
-    heads = unet["depth"]
-    blocks = unet.get("num_blocks", heads)
-    transformer = {}
-    for name, target in comfy.utils.mmdit_to_diffusers({"depth": heads, "num_blocks": blocks}).items():
-        key, offset, *function = target if isinstance(target, tuple) else (target, None)
-        if key in native:
-            weight = native[key] if offset is None else native[key].narrow(*offset)
-            transformer[name] = (function[0](weight) if function else weight).to(dtype)
-    original = merged_weights(vae.patcher, "")
-    shape = _vae_shape(original)
-    autoencoder = weights_to_diffusers(original, len(shape["widths"]))
-    return Bundle(
-        kind="merged",
-        prompt=from_conditioning(conditioning).to("cpu", dtype),
-        transformer=transformer,
-        vae={name: weight.to(dtype) for name, weight in autoencoder.items()},
-        configs={"transformer": _transformer_config(unet, native, blocks), "vae": _vae_config(shape, original, model)},
-        defaults=defaults_of(model),
-        notes=notes,
-    )
-
-
-def _transformer_config(unet: Mapping[str, Any], native: Mapping[str, Tensor], blocks: int) -> dict[str, Any]:
-    hidden, channels, patch, _ = native["x_embedder.proj.weight"].shape
-    dual = unet.get("x_block_self_attn_layers") or []
-    return {
-        "sample_size": 128,
-        "patch_size": patch,
-        "in_channels": channels,
-        "out_channels": native["final_layer.linear.weight"].shape[0] // patch**2,
-        "num_layers": blocks,
-        "attention_head_dim": 64,
-        "num_attention_heads": hidden // 64,
-        "caption_projection_dim": hidden,
-        "joint_attention_dim": native["context_embedder.weight"].shape[1],
-        "pooled_projection_dim": native["y_embedder.mlp.0.weight"].shape[1],
-        "pos_embed_max_size": round(native["pos_embed"].shape[1] ** 0.5),
-        "dual_attention_layers": sorted(dual),
-        "qk_norm": "rms_norm" if unet.get("qk_norm") else None,
-    }
-
-
-def _vae_config(shape: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any) -> dict[str, Any]:
-    levels = len(shape["widths"])
-    form = model.model.latent_format
-    return {
-        "in_channels": 3,
-        "out_channels": 3,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "block_out_channels": shape["widths"],
-        "layers_per_block": shape["layers"],
-        "latent_channels": shape["latents"],
-        "norm_num_groups": _NORM_GROUPS,
-        "scaling_factor": form.scale_factor,
-        "shift_factor": form.shift_factor,
-        "use_quant_conv": "quant_conv.weight" in weights,
-        "use_post_quant_conv": "post_quant_conv.weight" in weights,
-    }
-
-
-def _vae_shape(weights: Mapping[str, Any]) -> dict[str, Any]:
+def vae_shape(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Widths per level, residual layers per encoder level and latent channels of an autoencoder."""
     widths = []
     while f"decoder.up.{len(widths)}.block.0.conv2.weight" in weights:

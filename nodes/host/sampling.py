@@ -15,6 +15,7 @@ import comfy.patcher_extension
 import comfy.samplers
 import latent_preview
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...tsdsr_core.flow import TIMESTEP, one_step
@@ -24,6 +25,9 @@ from ...tsdsr_core.tile_blend import Cutting, fitting_velocity
 from ...tsdsr_core.tile_plan import OVERLAP, TILE, TilePlan, TileSettings, even_tiles
 from . import running
 from .models import check_sd3
+
+PREVIEW_SIDE = 64
+"""Latent cells; previews of unfinished pictures are no larger."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,12 @@ class OneStepSampler(comfy.samplers.Sampler):
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):  # fmt: skip
         """Called by the host within its sampling context; latents come and go in the host's shifted form."""
+        patcher, base = model_wrap.model_patcher, model_wrap.inner_model
         check_sigmas(sigmas)
-        base = model_wrap.inner_model
+        check_model(patcher)
+        check_latents(latent_image, patcher)
+        for prompts in model_wrap.conds.values():
+            check_prompts(prompts, base)
         offset = _shift(base)
         z = latent_image if not latent_image.any() else latent_image + offset  # the host leaves all-zero latents unshifted
 
@@ -61,28 +69,36 @@ class OneStepSampler(comfy.samplers.Sampler):
 
         def tick(done: int, total: int, partial: Any) -> None:
             if callback is not None:
-                preview = one_step(padded, partial(), self.settings.strength) - offset
-                callback(done - 1, preview, padded, total)
+                so_far = one_step(z, _crop(partial(), z), self.settings.strength) - offset
+                callback(done - 1, so_far if done == total else _thumbnail(so_far), z, total)
             running.check_interrupted()
 
-        memory = _memory(base, z)
+        memory = _memory(patcher, z.shape[1])
         cutting = Cutting(tile_settings(base, self.settings, memory), self.settings.batch or None)
-        v = fitting_velocity(velocity, padded, cutting, memory, tick)[:, :, : z.shape[2], : z.shape[3]]
+        v = _crop(fitting_velocity(velocity, padded, cutting, memory, tick), z)
         if denoise_mask is not None:
             v = v * denoise_mask
         return one_step(z, v, self.settings.strength) - offset
 
 
 def run_one_step(
-    model: Any, conditioning: Any, latents: Tensor, settings: StepSettings, progress: running.Progress | None = None
+    model: Any,
+    conditioning: Any,
+    latents: Tensor,
+    settings: StepSettings,
+    mask: Tensor | None = None,
+    progress: running.Progress | None = None,
 ) -> Tensor:
     """Run the step on unscaled latents ``(B, 16, h, w)``; returns the same shape in fp32 on the host's device for results.
+
+    Args:
+        mask: where the step acts, 0..1, in any size that the host resizes to the latents'; None for everywhere.
 
     Raises:
         ValueError: for a model, conditioning or latent that does not suit, saying what to connect.
     """
     check_model(model)
-    check_conditioning(conditioning)
+    check_conditioning(conditioning, model)
     check_latents(latents, model)
     plan = plan_tiles(latents, model, settings)
     guider = comfy.samplers.CFGGuider(model)
@@ -94,6 +110,7 @@ def run_one_step(
         latents,
         OneStepSampler(settings),
         torch.tensor([1.0, 0.0]),
+        denoise_mask=mask,
         callback=_callback(model, progress),
         disable_pbar=True,
         seed=0,
@@ -124,19 +141,36 @@ def check_model(model: Any) -> None:
         raise ValueError(f"the MODEL's sampling was changed (sigma 1 is timestep {timestep:g}, not 1000): remove that node")
 
 
-def check_conditioning(conditioning: Any) -> None:
-    """Raise ``ValueError`` unless ``conditioning`` is a prompt for SD3."""
+def check_conditioning(conditioning: Any, model: Any) -> None:
+    """Raise ``ValueError`` unless ``conditioning`` is a prompt for ``model``."""
     if not conditioning:
         raise ValueError("the conditioning is empty: connect TSD-SR Load Prompt or CLIP Text Encode of SD3")
-    for tokens, extra in conditioning:
-        if tokens is None or extra.get("pooled_output") is None:
+    check_prompts([{**extra, "cross_attn": tokens} for tokens, extra in conditioning], model.model)
+
+
+def check_prompts(prompts: list[dict[str, Any]], base: Any) -> None:
+    """Raise ``ValueError`` unless each of ``prompts``, as the host's sampling has them, suits the host model ``base``."""
+    for prompt in prompts:
+        tokens, pooled = prompt.get("cross_attn"), prompt.get("pooled_output")
+        if tokens is None or pooled is None:
             raise ValueError(
                 "the conditioning has no pooled output, which SD3 needs: connect TSD-SR Load Prompt, or CLIP Text Encode "
                 "with SD3's text encoders (clip_l and clip_g)"
             )
         for key in ("area", "mask", "control", "gligen"):
-            if extra.get(key) is not None:
+            if prompt.get(key) is not None:
                 raise ValueError(f"the conditioning has a {key!r}, which the tiles of TSD-SR cannot follow: remove that node")
+        diffusion = base.diffusion_model
+        expected = diffusion.context_embedder.in_features, diffusion.y_embedder.mlp[0].in_features
+        if (tokens.shape[-1], pooled.shape[-1]) != expected:
+            raise ValueError(
+                f"the conditioning is {tokens.shape[-1]} and {pooled.shape[-1]} wide, this MODEL takes {expected[0]} and "
+                f"{expected[1]}: connect the conditioning from the loader of this MODEL"
+            )
+        if len(tokens) > 1:
+            raise ValueError(f"the conditioning holds a batch of {len(tokens)} prompts: TSD-SR takes one for all tiles")
+    if prompts and all(prompt.get("start_percent", 0) > 0 or prompt.get("end_percent", 1) <= 0 for prompt in prompts):
+        raise ValueError("the conditioning does not hold at the start, where TSD-SR's one step is: remove its timestep range")
 
 
 def check_latents(latents: Tensor, model: Any) -> None:
@@ -157,13 +191,11 @@ def check_sigmas(sigmas: Tensor) -> None:
         raise ValueError(f"sigmas {values[:5]}: TSD-SR takes one step from 1 to 0; set the scheduler to 1 step, denoise 1")
 
 
-def _memory(base: Any, z: Tensor) -> TileMemory:
-    """Sizes tiles by the host's own estimate of what the model takes on the device of ``z``."""
-    if z.device.type == "cpu":
-        return TileMemory()
+def _memory(patcher: Any, channels: int) -> TileMemory:
+    """Sizes tiles by the host's own estimate of what its model takes."""
     return TileMemory(
-        tile_bytes=lambda height, width: int(base.memory_required([1, z.shape[1], height, width])),
-        free=lambda: running.free_memory(z.device),
+        tile_bytes=lambda height, width: int(patcher.model.memory_required([1, channels, height, width])),
+        free=lambda: running.free_memory(patcher),
         release=running.release_memory,
     )
 
@@ -204,3 +236,16 @@ def _padded(latents: Tensor, base: Any) -> tuple[int, int]:
     """Height and width in whole patches; the host itself would pad by wrapping around."""
     patch = base.diffusion_model.patch_size
     return -(-latents.shape[2] // patch) * patch, -(-latents.shape[3] // patch) * patch
+
+
+def _crop(padded: Tensor, latents: Tensor) -> Tensor:
+    return padded[:, :, : latents.shape[2], : latents.shape[3]]
+
+
+def _thumbnail(latents: Tensor) -> Tensor:
+    """Smaller latents, since a previewer may decode them after every batch of tiles."""
+    longest = max(latents.shape[2:])
+    if longest <= PREVIEW_SIDE:
+        return latents
+    size = [max(1, side * PREVIEW_SIDE // longest) for side in latents.shape[2:]]
+    return F.interpolate(latents, size, mode="area")

@@ -46,8 +46,17 @@ def encode(vae: Any, pixels: Tensor, progress: running.Progress) -> Tensor:
 
 
 def decode(vae: Any, latents: Tensor, progress: running.Progress) -> Tensor:
-    """Unscaled latents ``(B, C, h, w)`` to pixels ``(B, 3, H, W)`` in -1..1, fp32."""
+    """Unscaled latents ``(B, C, h, w)`` to pixels ``(B, 3, H, W)`` in -1..1, fp32.
+
+    Raises:
+        ValueError: for latents of another VAE.
+        FloatingPointError: where the VAE overflows.
+    """
     factor = factor_of(vae)
+    if latents.ndim != 4 or 0 in latents.shape or latents.shape[1] != vae.latent_channels:
+        raise ValueError(
+            f"the latent has the shape {tuple(latents.shape)}: this VAE takes (batch, {vae.latent_channels}, height, width)"
+        )
     results = []
     for latent in latents.split(1):
         if _fits(vae, vae.memory_used_decode(latent.shape, vae.vae_dtype)):
@@ -64,6 +73,8 @@ def decode(vae: Any, latents: Tensor, progress: running.Progress) -> Tensor:
                     output_device=vae.output_device, pbar=progress,
                 )
             )  # fmt: skip
+        if not torch.isfinite(results[-1]).all():
+            raise FloatingPointError("the VAE overflowed: choose vae_precision fp32 in TSD-SR's loader")
     return torch.cat(results).float()
 
 
@@ -86,9 +97,11 @@ def _fits(vae: Any, needed: float) -> bool:
 def _obtainable(device: torch.device) -> float:
     """Free memory, plus what the host would free by unloading its models."""
     loaded = sum(
-        model.model_loaded_memory() for model in comfy.model_management.current_loaded_models if model.device == device
+        model.model_loaded_memory()
+        for model in comfy.model_management.current_loaded_models
+        if model.device == device and model.model is not None  # None: gone, and not yet taken off the host's list
     )
-    return running.free_memory(device) + loaded
+    return comfy.model_management.get_free_memory(device) + loaded
 
 
 def _load(vae: Any, needed: float) -> None:

@@ -1,7 +1,17 @@
 """A second node pack that the tests put into the real host: what no stock node gives them."""
 
 import copy
+import gc
+import json
+import logging
 
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sampler_helpers
+import comfy.sd
+import comfy.supported_models
+import comfy.taesd.taesd
 import torch
 
 
@@ -36,17 +46,21 @@ class OddLatent:
         return ({"samples": torch.randn(1, channels, 9, 7, generator=torch.Generator().manual_seed(0))},)
 
 
-class LittleMemory:
-    """A model that runs out of memory above so many latent cells at once."""
+class Wrapped:
+    """A model that says when it runs, and runs out of memory above so many latent cells at once."""
 
-    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "cells": ("INT", {"default": 1, "max": 10**9})}})
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"model": ("MODEL",), "cells": ("INT", {"default": 1, "max": 10**9}), "log": ("STRING", {})}}
+    )
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "make"
     CATEGORY = "test"
 
-    def make(self, model, cells):
+    def make(self, model, cells, log):
         def run(apply_model, arguments):
             x = arguments["input"]
+            if log:
+                logging.info(log)
             if x.shape[0] * x.shape[2] * x.shape[3] > cells:
                 raise torch.OutOfMemoryError(f"{tuple(x.shape)}")
             return apply_model(x, arguments["timestep"], **arguments["c"])
@@ -54,6 +68,90 @@ class LittleMemory:
         patched = model.clone()
         patched.set_model_unet_function_wrapper(run)
         return (patched,)
+
+
+class OtherModel:
+    """A model and a VAE of other families."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES = ("MODEL", "VAE")
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self):
+        config = comfy.supported_models.SD15(
+            {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1],
+             "channel_mult": [1], "transformer_depth": [0], "transformer_depth_output": [0, 0], "transformer_depth_middle": 0,
+             "num_heads": 8, "use_spatial_transformer": True, "context_dim": 32}
+        )  # fmt: skip
+        cpu = torch.device("cpu")
+        model = comfy.model_patcher.ModelPatcher(comfy.model_base.BaseModel(config, device=cpu), cpu, cpu)
+        tiny = comfy.taesd.taesd.TAESD(latent_channels=4).state_dict()
+        return model, comfy.sd.VAE(sd=tiny)
+
+
+class CoarseVae:
+    """The VAE in bf16, as ComfyUI takes it on many GPUs."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"vae": ("VAE",)}})
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, vae):
+        return (comfy.sd.VAE(sd=vae.first_stage_model.state_dict(), dtype=torch.bfloat16),)
+
+
+class TypeOfVae:
+    """Says what type a VAE has."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"vae": ("VAE",)}})
+    RETURN_TYPES = ()
+    FUNCTION = "say"
+    OUTPUT_NODE = True
+    CATEGORY = "test"
+
+    def say(self, vae):
+        return {"ui": {"text": [str(vae.vae_dtype)]}}
+
+
+class Census:
+    """Counts what the process holds: tensors, their bytes and loaded models."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"seed": ("INT", {"default": 0, "max": 2**31})}})
+    RETURN_TYPES = ()
+    FUNCTION = "count"
+    OUTPUT_NODE = True
+    CATEGORY = "test"
+
+    def count(self, seed):
+        gc.collect()
+        tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+        counts = {
+            "tensors": len(tensors),
+            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            "models": len(comfy.model_management.current_loaded_models),
+        }
+        return {"ui": {"text": [json.dumps(counts)]}}
+
+
+_patch_weight = comfy.model_patcher.ModelPatcher.patch_weight_to_device
+_estimate = comfy.sampler_helpers.estimate_memory
+
+
+def say_patch(self, key, *args, **kwargs):
+    if key in self.patches:
+        logging.info("patching %s", key)
+    return _patch_weight(self, key, *args, **kwargs)
+
+
+def say_estimate(model, noise_shape, *args, **kwargs):
+    logging.info("asked for memory for %s", tuple(noise_shape))
+    return _estimate(model, noise_shape, *args, **kwargs)
+
+
+comfy.model_patcher.ModelPatcher.patch_weight_to_device = say_patch
+comfy.sampler_helpers.estimate_memory = say_estimate
 
 
 class LittleVae:
@@ -94,6 +192,10 @@ NODE_CLASS_MAPPINGS = {
     "TestLittleVae": LittleVae,
     "TestOddImage": OddImage,
     "TestOddLatent": OddLatent,
-    "TestLittleMemory": LittleMemory,
+    "TestWrapped": Wrapped,
+    "TestOtherModel": OtherModel,
+    "TestCoarseVae": CoarseVae,
+    "TestTypeOfVae": TypeOfVae,
+    "TestCensus": Census,
     "TestPrompt": Prompt,
 }

@@ -1,9 +1,9 @@
-"""Run with the host's Python in the host's folder: diffusers weights -> a checkpoint as ComfyUI's own loader reads it."""
+"""Run with the host's Python in the host's folder: diffusers weights -> checkpoints as ComfyUI's own loader reads them."""
 
 import sys
 
 sys.path.insert(0, ".")
-transformer, vae, output = sys.argv[1:]
+transformer, vae, text, folder = sys.argv[1:]
 sys.argv = [*sys.argv[:1], "--cpu"]
 
 import comfy.options  # noqa: E402
@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 model = comfy.model_detection.convert_diffusers_mmdit(load_file(transformer))
 autoencoder = comfy.diffusers_convert.convert_vae_state_dict(load_file(vae))
-weights = {f"model.diffusion_model.{key}": weight for key, weight in model.items()}
-weights |= {f"first_stage_model.{key}": weight for key, weight in autoencoder.items()}
-save_file({key: weight.contiguous() for key, weight in weights.items()}, output)
+weights = {f"model.diffusion_model.{key}": weight.contiguous() for key, weight in model.items()}
+weights |= {f"first_stage_model.{key}": weight.contiguous() for key, weight in autoencoder.items()}
+save_file(weights, f"{folder}/sd3_medium.safetensors")
+encoder = {f"text_encoders.clip_l.transformer.{key}": weight for key, weight in load_file(text).items()}
+save_file(weights | encoder, f"{folder}/sd3_medium_incl_clips.safetensors")

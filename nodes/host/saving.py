@@ -1,0 +1,106 @@
+"""Native models back into bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.lora
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...tsdsr_core.bundle import Bundle
+from ...tsdsr_core.vae_keys import weights_to_diffusers
+from . import running
+from .models import NORM_GROUPS, defaults_of, from_conditioning, vae_shape
+
+
+def merged_weights(patcher: Any, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All weights of a patcher's model under ``prefix``, without it, patches merged in fp32, as ``dtype`` on the CPU.
+
+    Raises:
+        ValueError: for a quantised model.
+    """
+    quantised = [key for key in patcher.model_state_dict() if key.endswith((".weight_scale", ".comfy_quant"))]
+    if quantised:
+        raise ValueError(f"the model is quantised ({quantised[0]}): load the unquantised one to save a checkpoint")
+    entries = patcher.get_key_patches(prefix)
+    progress = running.Progress(len(entries))
+    merged = {}
+    for key, ((weight, convert), *patches) in entries.items():
+        value = convert(weight.to("cpu", torch.float32, copy=True), inplace=False)  # merging works in place
+        merged[key.removeprefix(prefix)] = comfy.lora.calculate_weight(patches, value, key).to(dtype)
+        progress.update(1)
+    return merged
+
+
+def to_bundle(model: Any, vae: Any, conditioning: list[Any], dtype: torch.dtype, notes: Mapping[str, str]) -> Bundle:
+    """A self-contained bundle of native objects, their patches merged.
+
+    Raises:
+        ValueError: for several prompts, of which a bundle holds one, and for a quantised model.
+    """
+    if len(conditioning) > 1:
+        raise ValueError(f"the conditioning combines {len(conditioning)} prompts: a checkpoint holds one")
+    native = merged_weights(model, "diffusion_model.", dtype)
+    unet = model.model.model_config.unet_config
+    heads = unet["depth"]
+    blocks = unet.get("num_blocks", heads)
+    transformer = {}
+    for name, target in comfy.utils.mmdit_to_diffusers({"depth": heads, "num_blocks": blocks}).items():
+        key, offset, *function = target if isinstance(target, tuple) else (target, None)
+        if key in native:
+            weight = native[key] if offset is None else native[key].narrow(*offset)
+            transformer[name] = function[0](weight) if function else weight
+    original = merged_weights(vae.patcher, "", dtype)
+    shape = vae_shape(original)
+    autoencoder = weights_to_diffusers(original, len(shape["widths"]))
+    return Bundle(
+        kind="merged",
+        prompt=from_conditioning(conditioning).to("cpu", dtype),
+        transformer=transformer,
+        vae=autoencoder,
+        configs={"transformer": _transformer_config(unet, native, blocks), "vae": _vae_config(shape, original, model)},
+        defaults=defaults_of(model),
+        notes=notes,
+    )
+
+
+def _transformer_config(unet: Mapping[str, Any], native: Mapping[str, Tensor], blocks: int) -> dict[str, Any]:
+    hidden, channels, patch, _ = native["x_embedder.proj.weight"].shape
+    dual = unet.get("x_block_self_attn_layers") or []
+    return {
+        "sample_size": 128,
+        "patch_size": patch,
+        "in_channels": channels,
+        "out_channels": native["final_layer.linear.weight"].shape[0] // patch**2,
+        "num_layers": blocks,
+        "attention_head_dim": 64,
+        "num_attention_heads": hidden // 64,
+        "caption_projection_dim": hidden,
+        "joint_attention_dim": native["context_embedder.weight"].shape[1],
+        "pooled_projection_dim": native["y_embedder.mlp.0.weight"].shape[1],
+        "pos_embed_max_size": round(native["pos_embed"].shape[1] ** 0.5),
+        "dual_attention_layers": sorted(dual),
+        "qk_norm": "rms_norm" if unet.get("qk_norm") else None,
+    }
+
+
+def _vae_config(shape: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any) -> dict[str, Any]:
+    levels = len(shape["widths"])
+    form = model.model.latent_format
+    return {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": shape["widths"],
+        "layers_per_block": shape["layers"],
+        "latent_channels": shape["latents"],
+        "norm_num_groups": NORM_GROUPS,
+        "scaling_factor": form.scale_factor,
+        "shift_factor": form.shift_factor,
+        "use_quant_conv": "quant_conv.weight" in weights,
+        "use_post_quant_conv": "post_quant_conv.weight" in weights,
+    }

@@ -28,7 +28,7 @@ class SaveCheckpoint(io.ComfyNode):
             inputs=[
                 field(io.Model, "model", tooltip="SD3 with the TSD-SR LoRA, or a TSD-SR checkpoint's model."),
                 field(io.Vae, "vae", tooltip="The VAE from the same loader as the model."),
-                field(io.Conditioning, "conditioning", tooltip="The prompt of TSD-SR; its first entry is saved."),
+                field(io.Conditioning, "conditioning", tooltip="The prompt of TSD-SR, or one prompt of SD3."),
                 field(
                     io.String, "filename_prefix", default="checkpoints/tsdsr",
                     tooltip="In the output folder. Press R, and the loader lists what lies in its subfolder checkpoints.",

@@ -12,6 +12,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from . import host as host_module
+from .host import Graph
+from .host_graphs import builtin_graph, load_sd3
 
 CHROMIUM = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium") or shutil.which("chromium-browser")
 PACKAGES = [name for name in ("playwright", "comfyui_frontend_package") if importlib.util.find_spec(name) is None]
@@ -98,6 +100,14 @@ def is_error(message) -> bool:
     return message.type == "error" and "huggingface.co" not in message.text
 
 
+SAME_TYPES = "types => JSON.stringify(app.graph._nodes.map(n => n.type).sort()) === types"
+
+
+def types_of(path: Path) -> str:
+    """The types of a workflow's nodes, as ``SAME_TYPES`` compares them."""
+    return json.dumps(sorted(node["type"] for node in json.loads(path.read_text())["nodes"]), separators=(",", ":"))
+
+
 def plain(prompt: dict) -> dict:
     """A prompt without what may differ: titles, and whole numbers written as such or with a point."""
     number = lambda value: float(value) if type(value) in (int, float) else value  # noqa: E731
@@ -110,12 +120,8 @@ def plain(prompt: dict) -> dict:
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_opens_by_drop_and_is_its_twin(path, page):
     page.errors.clear()
-    drawn = json.loads(path.read_text())
     page.evaluate(DROP, [path.read_text(), path.name])
-    types = json.dumps(sorted(node["type"] for node in drawn["nodes"]), separators=(",", ":"))
-    page.wait_for_function(
-        "types => JSON.stringify(app.graph._nodes.map(n => n.type).sort()) === types", arg=types, timeout=WAIT
-    )
+    page.wait_for_function(SAME_TYPES, arg=types_of(path), timeout=WAIT)
     page.wait_for_timeout(500)
     missing = page.evaluate("app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)")
     assert missing == []
@@ -137,31 +143,93 @@ def test_a_blueprint_opens_with_its_stages_and_dials(path, page):
     assert page.errors == []
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("page", ["host"], indirect=True)
-def test_the_template_browser_shows_the_pack_and_opens_a_workflow(page, host):
+def test_the_template_browser_opens_each_workflow(path, page, host):
+    page.errors.clear()
+    page.evaluate("app.graph.clear()")
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.get_by_role("dialog")
     dialog.get_by_text(host_module.PACK).first.click(timeout=20_000)
-    dialog.get_by_text("TSD-SR a whole folder").first.click(timeout=20_000)
-    page.wait_for_function("app.graph._nodes.some(n => n.type === 'LoadImageDataSetFromFolder')", timeout=20_000)
+    dialog.get_by_text(path.stem, exact=True).first.click(timeout=20_000)
+    page.wait_for_function(SAME_TYPES, arg=types_of(path), timeout=20_000)
+    page.wait_for_timeout(500)
     assert dialog.count() == 0 or not dialog.first.is_visible()
+    assert page.errors == []
 
 
-@pytest.mark.parametrize("page", ["host"], indirect=True)
-def test_the_built_in_workflow_runs_from_the_page(page, host):
-    path = FOLDER / "TSD-SR built-in model.json"
-    page.evaluate(DROP, [path.read_text(), path.name])
-    page.wait_for_function("app.graph._nodes.some(n => n.type === 'TSDSRUpscale')", timeout=20_000)
+def run_in_page(page, host, seconds=120):
+    """Queue what the page shows and wait for its end."""
     before = set(host.get("/history"))
+    page.errors.clear()
     page.received.clear()
     page.evaluate("app.queuePrompt(0)")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + seconds
     while not (new := set(host.get("/history")) - before):
         assert time.monotonic() < deadline
         page.wait_for_timeout(300)
-    assert host.wait(new.pop()).status == "success"
+    result = host.wait(new.pop())
     page.wait_for_timeout(500)
+    return result
+
+
+def progress_of(page) -> list[tuple[int, int]]:
+    """(value, max) of each progress message that the page received."""
     messages = [json.loads(frame) for frame in page.received if isinstance(frame, str)]
-    progress = [m["data"] for m in messages if m["type"] == "progress"]
-    assert progress[-1]["value"] == progress[-1]["max"] == 3, "one tile each to encode, step and decode"
+    return [(m["data"]["value"], m["data"]["max"]) for m in messages if m["type"] == "progress"]
+
+
+@pytest.mark.parametrize("name", ["built-in model", "a whole folder", "step by step", "as a sampler"])
+@pytest.mark.parametrize("page", ["host"], indirect=True)
+def test_a_workflow_runs_from_the_page(name, page, host, sd3):
+    path = FOLDER / f"TSD-SR {name}.json"
+    page.evaluate(DROP, [path.read_text(), path.name])
+    page.wait_for_function(SAME_TYPES, arg=types_of(path), timeout=20_000)
+    assert run_in_page(page, host).status == "success"
+    assert page.errors == []
     assert [frame for frame in page.received if isinstance(frame, bytes)], "a preview of the finished tile"
+
+
+@pytest.mark.parametrize("page", ["host"], indirect=True)
+def test_progress_counts_the_tiles_of_all_stages(page, host):
+    graph, _ = builtin_graph("large.png", **{"size.factor": 1.0, "tile": 48, "tile_batch": 1})
+    page.evaluate("graph => app.loadApiJson(graph, 'tiles')", graph.nodes)
+    page.wait_for_function("app.graph._nodes.some(n => n.type === 'TSDSRUpscale')", timeout=20_000)
+    assert run_in_page(page, host).status == "success"
+    found = progress_of(page)
+    values = [value for value, _ in found]
+    assert {total for _, total in found} == {9 + 2}, "3x3 tiles, and one each to encode and decode"
+    assert values == sorted(values)
+    assert values[-1] == 11
+    assert len(set(values)) >= 5, "the page sees it move; messages that come too fast are dropped"
+
+
+@pytest.mark.parametrize("page", ["host"], indirect=True)
+def test_the_page_shows_what_is_wrong(page, host, sd3):
+    graph = Graph()
+    lora, _ = load_sd3(graph, transformer_lora="tsdsr/vae.safetensors")
+    graph.add("PreviewAny", source=(lora, 0))
+    page.evaluate("graph => app.loadApiJson(graph, 'wrong')", graph.nodes)
+    page.wait_for_function("app.graph._nodes.some(n => n.type === 'TSDSRLoadLora')", timeout=20_000)
+    assert run_in_page(page, host).status == "error"
+    details = page.get_by_test_id("error-overlay-see-errors")  # newer frontends first show only which node failed
+    message = page.get_by_text("are the two files swapped?").first
+    details.or_(message).first.wait_for(timeout=20_000)
+    if details.count():
+        details.first.click()
+    message.wait_for(timeout=20_000)
+    page.keyboard.press("Escape")
+
+
+@pytest.mark.parametrize("page", ["host"], indirect=True)
+def test_the_help_of_a_node_opens_with_its_picture(page, host):
+    graph, _ = builtin_graph()
+    page.evaluate("graph => app.loadApiJson(graph, 'help')", graph.nodes)
+    page.wait_for_function("app.graph._nodes.some(n => n.type === 'TSDSRUpscale')", timeout=20_000)
+    page.evaluate("app.canvas.selectNode(app.graph._nodes.find(n => n.type === 'TSDSRUpscale'))")
+    page.wait_for_timeout(1000)
+    button = page.locator("[data-testid='info-button'], .help-button")
+    button.first.evaluate("button => button.click()")
+    shown = "[...document.querySelectorAll('img')].some(i => i.src.endsWith('/TSDSRUpscale.png') && i.naturalWidth > 100)"
+    page.wait_for_function(shown, timeout=20_000)
+    assert page.get_by_text("Sides are met to the pixel").first.is_visible()

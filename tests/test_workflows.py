@@ -55,6 +55,18 @@ def test_a_workflow_has_a_thumbnail(path):
         assert image.size == (640, 426)
 
 
+def test_the_published_pack_holds_what_a_host_needs():
+    """.comfyignore leaves out what only developers need, and nothing else."""
+    lines = (ROOT / ".comfyignore").read_text().split()
+    assert all(line.startswith("/") and line.strip("/") for line in lines), "a name without / would match in any folder"
+    left_out = tuple(line.strip("/") for line in lines)
+    needed = ["__init__.py", "nodes", "tsdsr_core/restore.py", "tsdsr_core/assets", "web", "locales", "workflows", "subgraphs",
+              "pyproject.toml", "LICENSE", "README.md"]  # fmt: skip
+    for name in needed:
+        assert (ROOT / name).exists()
+        assert not any(name == prefix or name.startswith(f"{prefix}/") or prefix.startswith(f"{name}/") for prefix in left_out)
+
+
 def test_every_node_has_a_help_page():
     used = {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
     names = {line.split('"')[1] for path in (ROOT / "nodes").glob("*.py") for line in path.read_text().splitlines()

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,16 @@ def test_a_lora_bundle_gives_its_loras_back(lora_bundle, published, tmp_path):
         assert found.target == original.target
         assert found.pairs.keys() == original.pairs.keys()
         assert all(torch.equal(found.pairs[name].delta(), pair.delta()) for name, pair in original.pairs.items())
+
+
+@pytest.mark.parametrize("rows", [[[0.0, 0.0, 0.0]] * 16, [[0.0, 0.0]] * 17, "no rows", [["x", 0.0, 0.0]] * 17])
+def test_a_preview_of_other_channels_is_refused(rows, merged, tmp_path):
+    bundle = read_bundle(merged[1])
+    write_bundle(tmp_path / "good.safetensors", replace(bundle, preview=[[0.5, -0.5, 0.0]] * 17))
+    assert read_bundle(tmp_path / "good.safetensors").preview == [[0.5, -0.5, 0.0]] * 17
+    write_bundle(tmp_path / "bad.safetensors", replace(bundle, preview=rows))
+    with pytest.raises(ValueError, match="preview is not a row of 3 numbers"):
+        read_bundle(tmp_path / "bad.safetensors")
 
 
 def test_a_merged_bundle_restores_as_the_folder_it_came_from(merged):

@@ -1,7 +1,8 @@
 """One safetensors file for a restorer: LoRAs or merged weights, prompt embeddings and JSON metadata.
 
 Layout, version 1.  The metadata entry ``tsdsr_bundle`` holds JSON: ``version``, ``kind``, ``defaults`` (options that
-suit the model), ``notes`` and, for merged weights, ``transformer_config`` and ``vae_config`` in diffusers' terms.
+suit the model), ``notes`` and, for merged weights, ``transformer_config`` and ``vae_config`` in diffusers' terms;
+optionally ``preview``, how a latent looks.
 Tensors: ``prompt_embeds``, ``pooled_prompt_embeds`` and, by kind,
 
 - ``lora``: ``transformer.<module>.lora_A.weight`` ... and ``vae.<module>.lora_A.weight`` ...; needs a base model;
@@ -11,7 +12,7 @@ Tensors: ``prompt_embeds``, ``pooled_prompt_embeds`` and, by kind,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Bundle:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     """Free text: source, licence, how it was made."""
+    preview: Sequence[Sequence[float]] = ()
+    """Red, green and blue, in -1..1, of each unscaled latent channel, and what is added; empty where the VAE is SD3's."""
 
     def loras(self) -> tuple[Lora, Lora]:
         """The transformer's and the VAE's LoRA of a ``lora`` bundle.
@@ -71,6 +74,8 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
     """Write ``bundle`` to ``path``, all or nothing."""
     description = {"version": VERSION, "kind": bundle.kind, "defaults": dict(bundle.defaults), "notes": dict(bundle.notes)}
     description.update({f"{part}_config": dict(config) for part, config in bundle.configs.items()})
+    if bundle.preview:
+        description["preview"] = [list(row) for row in bundle.preview]
     tensors = {TOKENS_KEY: bundle.prompt.tokens, POOLED_KEY: bundle.prompt.pooled}
     tensors.update({f"transformer.{key}": tensor for key, tensor in bundle.transformer.items()})
     tensors.update({f"vae.{key}": tensor for key, tensor in bundle.vae.items()})
@@ -110,6 +115,7 @@ def read_bundle(path: Path) -> Bundle:
         configs,
         description["defaults"],
         description["notes"],
+        description.get("preview", ()),
     )
 
 
@@ -147,6 +153,15 @@ def _check_description(path: Path, description: dict[str, Any]) -> None:
         low, high = DEFAULTS.get(name, (1, 0))
         if type(value) is not int or not low <= value <= high:
             raise ValueError(f"{path} has damaged bundle metadata: default {name} = {value!r}")
+    if "preview" in description and not _is_preview(description):
+        raise ValueError(f"{path} has damaged bundle metadata: preview is not a row of 3 numbers for each latent channel and 1")
+
+
+def _is_preview(description: dict[str, Any]) -> bool:
+    rows, channels = description["preview"], description.get("vae_config", {}).get("latent_channels")
+    if not isinstance(rows, list) or not isinstance(channels, int) or len(rows) != channels + 1:
+        return False
+    return all(isinstance(row, list) and len(row) == 3 and all(type(v) in (int, float) for v in row) for row in rows)
 
 
 def _header(path: Path) -> dict[str, str]:

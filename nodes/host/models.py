@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from ...tsdsr_core.bundle import Bundle, read_bundle
 from ...tsdsr_core.prompt import PromptEmbeds
 from ...tsdsr_core.vae_keys import weights_to_original
 
-DEFAULTS = "tsdsr_defaults"
-"""Name of the attachment with which a model carries the options that suit it."""
+DEFAULTS, PREVIEW = "tsdsr_defaults", "tsdsr_preview"
+"""Names of the attachments with which a model carries the options that suit it and how its latents look."""
 _SD3_WIDTHS = [128, 256, 512, 512]
 NORM_GROUPS = 32
 """ComfyUI's autoencoder knows no other number."""
@@ -34,7 +34,19 @@ def build_model(bundle: Bundle, **options: Any) -> Any:
     if model is None or not isinstance(model.model, comfy.model_base.SD3) or weights:
         raise ValueError(f"ComfyUI cannot load this bundle's transformer as SD3; left over: {sorted(weights)[:8]}")
     model.set_attachments(DEFAULTS, dict(bundle.defaults))
+    if bundle.preview:
+        model.set_attachments(PREVIEW, bundle.preview)
+        _set_preview(model.model.latent_format, bundle.preview)
     return model
+
+
+def _set_preview(form: Any, rows: Sequence[Sequence[float]]) -> None:
+    """Let the host's previews show this model's latents, which it shifts and scales: ``(z - shift) * scale``."""
+    *factors, added = torch.tensor(rows)
+    channels = torch.stack(factors)
+    form.latent_rgb_factors = (channels / form.scale_factor).tolist()
+    form.latent_rgb_factors_bias = (added + form.shift_factor * channels.sum(0)).tolist()
+    form.taesd_decoder_name = None  # SD3's
 
 
 def build_vae(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...tsdsr_core.bundle import Bundle
 from ...tsdsr_core.vae_keys import weights_to_diffusers
 from . import running
-from .models import NORM_GROUPS, defaults_of, from_conditioning, vae_shape
+from .models import NORM_GROUPS, PREVIEW, defaults_of, from_conditioning, vae_shape
 
 
 def merged_weights(patcher: Any, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -64,6 +64,7 @@ def to_bundle(model: Any, vae: Any, conditioning: list[Any], dtype: torch.dtype,
         configs={"transformer": _transformer_config(unet, native, blocks), "vae": _vae_config(shape, original, model)},
         defaults=defaults_of(model),
         notes=notes,
+        preview=model.get_attachment(PREVIEW) or (),
     )
 
 

@@ -26,6 +26,7 @@ from ..prompt import PromptEmbeds
 from . import small_model
 from .config import SupervisedConfig
 from .data import Mixture, PairSource
+from .preview import fit_preview
 
 log = logging.getLogger(__name__)
 CHECKPOINT = "last.pt"
@@ -187,4 +188,8 @@ def export(state: State, config: SupervisedConfig) -> Bundle:
     """The averaged weights as a self-contained bundle in fp16."""
     defaults = {"process_size": 0, "wavelet_levels": config.wavelet_levels}
     notes = {"license": "Apache-2.0", "objective": "supervised", "steps": str(state.step), "scale": str(config.scale)}
-    return merged_bundle(state.ema["transformer"], state.ema["vae"], state.prompt, torch.float16, defaults, notes)
+    vae: Any = state.ema["vae"]
+    with torch.no_grad():
+        preview = fit_preview(lambda pixels: vae.encode(pixels).latent_dist.mode())
+    bundle = merged_bundle(state.ema["transformer"], vae, state.prompt, torch.float16, defaults, notes)
+    return replace(bundle, preview=preview)

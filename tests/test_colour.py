@@ -2,6 +2,7 @@ import pytest
 import torch
 from skimage import color
 
+from tsdsr_core import colour
 from tsdsr_core.colour import adain, lab, lab_to_rgb, match_colour, rgb_to_lab, wavelet
 
 from . import oracle
@@ -11,6 +12,14 @@ from .tiny import photo
 def test_wavelet_equals_the_sum_of_detail_bands():
     content, style = photo(70, 90, 1), photo(70, 90, 2)
     assert (wavelet(content, style) - oracle.wavelet(content, style)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("levels", [1, 3, 5])
+def test_strips_give_what_the_whole_picture_gives(levels, monkeypatch):
+    content, style = photo(150, 40, 1), photo(150, 40, 2)
+    whole = wavelet(content, style, levels)
+    monkeypatch.setattr(colour, "_STRIP", 40 * 20)
+    assert (wavelet(content, style, levels) - whole).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (3, 2)])

@@ -41,9 +41,22 @@ def wavelet(content: Tensor, style: Tensor, levels: int = WAVELET_LEVELS) -> Ten
 
     The detail bands sum to ``content - low(content)``, so the result is ``content + low(style - content)``, low being
     ``levels`` passes of the kernel [1 2 1] x [1 2 1] / 16 with dilations 1, 2, 4, ... and replicated borders
-    (StableSR, Wang et al. 2023).
+    (StableSR, Wang et al. 2023).  Large pictures run in strips, with the rows above and below that the passes reach.
     """
-    return content + wavelet_low(style - content, levels)
+    height, reach = content.shape[2], 2**levels - 1
+    rows = max(_STRIP // content.shape[3], reach)
+    if height <= rows:
+        return content + wavelet_low(style - content, levels)
+    result = torch.empty_like(content)
+    for top in range(0, height, rows):
+        first, last = max(0, top - reach), min(height, top + rows + reach)
+        low = wavelet_low(style[:, :, first:last] - content[:, :, first:last], levels)[:, :, top - first :][:, :, :rows]
+        result[:, :, top : top + rows] = content[:, :, top : top + rows] + low
+    return result
+
+
+_STRIP = 2**22
+"""Pixels of a strip; the passes hold about nine times their memory."""
 
 
 def wavelet_low(image: Tensor, levels: int) -> Tensor:

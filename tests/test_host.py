@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tsdsr_core.bundle import read_bundle, write_bundle
 from tsdsr_core.colour import match_colour
 from tsdsr_core.diffusers_models import load_builtin, load_bundle, merged_bundle
+from tsdsr_core.fold import fold
 from tsdsr_core.image_io import read_picture
 from tsdsr_core.metrics import psnr_y
 from tsdsr_core.prompt import POOLED_KEY, TOKENS_KEY, load_prompt
@@ -117,8 +118,11 @@ def test_a_saved_checkpoint_holds_the_merged_model(modular, expected, host):
     assert (found - expected).abs().max() < 1e-4
 
 
-def test_a_bundle_made_by_the_core_runs_natively(host, sd3, expected):
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_bundle_made_by_the_core_runs_natively(folded, host, sd3, expected):
     model = core_sd3(sd3)
+    if folded:
+        fold(model.transformer, model.prompt.pooled)
     path = host.base / "models" / "tsdsr" / "merged.safetensors"
     defaults = {"process_size": 0, "wavelet_levels": 5}
     write_bundle(path, merged_bundle(model.transformer, model.vae, model.prompt, torch.float32, defaults, {}))

@@ -6,8 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tsdsr_core.bundle import write_bundle
+from tsdsr_core.diffusers_models import load_builtin, merged_bundle
+from tsdsr_core.fold import fold
+
 from .host import Graph
-from .host_graphs import BUILTIN, TILES, builtin_graph, load_sd3
+from .host_graphs import BUILTIN, CPU, TILES, builtin_graph, load_sd3
 
 
 def loras(message, **changes):
@@ -137,6 +141,28 @@ def prompt_with_an_area_for_the_sampler(host, sd3, graph):
     return "'area'"
 
 
+def fold_builtin(host, graph):
+    """The built-in model, folded, as a bundle; its loader."""
+    model = load_builtin(CPU, torch.float32)
+    fold(model.transformer, model.prompt.pooled)
+    path = host.base / "models" / "tsdsr" / "folded.safetensors"
+    write_bundle(path, merged_bundle(model.transformer, model.vae, model.prompt, torch.float32, model.defaults, {}))
+    return graph.add("TSDSRLoadCheckpoint", checkpoint=path.name, vae_precision="auto")
+
+
+def another_prompt_for_a_folded_model(host, sd3, graph):
+    builtin_graph(graph=graph, model=(fold_builtin(host, graph), 0), conditioning=(graph.add("TestPrompt", kind="zeros"), 0))
+    return "this checkpoint is folded: it takes the one prompt it was made with"
+
+
+def a_folded_model_saved_again(host, sd3, graph):
+    loader = fold_builtin(host, graph)
+    graph.add(
+        "TSDSRSaveCheckpoint", model=(loader, 0), vae=(loader, 1), conditioning=(loader, 2), filename_prefix="x", dtype="fp16"
+    )
+    return "this checkpoint is folded already"
+
+
 def several_steps(host, sd3, graph):
     loader = graph.add("TSDSRLoadCheckpoint", checkpoint=BUILTIN, vae_precision="auto")
     latent = graph.add("TestOddLatent", channels=16)
@@ -184,6 +210,7 @@ CASES = [
     odd_image("nan", "NaN or infinite pixels"), odd_image("empty batch", "not empty"), odd_image("text", "expected (batch"),
     odd_prompt("no pooled output", "no pooled output, which SD3 needs"), odd_prompt("area", "'area'"),
     odd_prompt("nothing", "the conditioning is empty"), prompt_of_another_model, prompt_that_begins_later,
+    another_prompt_for_a_folded_model, a_folded_model_saved_again,
     latent_of_another_vae, a_result_too_large, prompt_with_an_area_for_the_sampler,
 ]  # fmt: skip
 

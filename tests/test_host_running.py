@@ -75,15 +75,13 @@ def census(host) -> dict[str, int]:
 
 
 def lora_graph(strength: float, channels: int = 16) -> Graph:
-    """SD3 with both LoRAs: one step on a small latent, then the VAE."""
+    """SD3 with both LoRAs: one step on a small latent, then the decoder."""
     graph = Graph()
     lora, prompt = load_sd3(graph)
     latent = graph.add("TestOddLatent", channels=channels)
     step = graph.add("TSDSROneStep", model=(lora, 0), conditioning=(prompt, 0), latent=(latent, 0), strength=strength, **TILES)
     picture = graph.add("TSDSRDecode", latent=(step, 0), vae=(lora, 1))
-    again = graph.add("TSDSREncode", image=(picture, 0), vae=(lora, 1))
-    decoded = graph.add("TSDSRDecode", latent=(again, 0), vae=(lora, 1))
-    graph.add("PreviewImage", images=(decoded, 0))
+    graph.add("PreviewImage", images=(picture, 0))
     return graph
 
 

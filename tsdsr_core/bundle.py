@@ -1,8 +1,8 @@
 """One safetensors file for a restorer: LoRAs or merged weights, prompt embeddings and JSON metadata.
 
-Layout, version 1.  The metadata entry ``tsdsr_bundle`` holds JSON: ``version``, ``kind``, ``defaults`` (options that
-suit the model), ``notes`` and, for merged weights, ``transformer_config`` and ``vae_config`` in diffusers' terms;
-optionally ``preview``, how a latent looks.
+Layout, version 1, or 2 where the transformer is folded.  The metadata entry ``tsdsr_bundle`` holds JSON: ``version``,
+``kind``, ``defaults`` (options that suit the model), ``notes`` and, for merged weights, ``transformer_config`` and
+``vae_config`` in diffusers' terms; optionally ``preview``, how a latent looks, and ``folded``.
 Tensors: ``prompt_embeds``, ``pooled_prompt_embeds`` and, by kind,
 
 - ``lora``: ``transformer.<module>.lora_A.weight`` ... and ``vae.<module>.lora_A.weight`` ...; needs a base model;
@@ -27,7 +27,7 @@ from .prompt import POOLED_KEY, TOKENS_KEY, PromptEmbeds
 
 BUILTIN = Path(__file__).parent / "assets" / "builtin.safetensors"
 """The small model that ships with the package."""
-VERSION = 1
+VERSION = 2
 METADATA_KEY = "tsdsr_bundle"
 KINDS = ("lora", "merged")
 DEFAULTS = {"process_size": (0, 4096), "wavelet_levels": (1, 10)}
@@ -50,6 +50,8 @@ class Bundle:
     """Free text: source, licence, how it was made."""
     preview: Sequence[Sequence[float]] = ()
     """Red, green and blue, in -1..1, of each unscaled latent channel, and what is added; empty where the VAE is SD3's."""
+    folded: bool = False
+    """Whether the transformer takes this prompt alone (``fold``)."""
 
     def loras(self) -> tuple[Lora, Lora]:
         """The transformer's and the VAE's LoRA of a ``lora`` bundle.
@@ -72,8 +74,15 @@ def is_bundle(path: Path) -> bool:
 
 def write_bundle(path: Path, bundle: Bundle) -> None:
     """Write ``bundle`` to ``path``, all or nothing."""
-    description = {"version": VERSION, "kind": bundle.kind, "defaults": dict(bundle.defaults), "notes": dict(bundle.notes)}
+    description = {
+        "version": 2 if bundle.folded else 1,
+        "kind": bundle.kind,
+        "defaults": dict(bundle.defaults),
+        "notes": dict(bundle.notes),
+    }
     description.update({f"{part}_config": dict(config) for part, config in bundle.configs.items()})
+    if bundle.folded:
+        description["folded"] = True
     if bundle.preview:
         description["preview"] = [list(row) for row in bundle.preview]
     tensors = {TOKENS_KEY: bundle.prompt.tokens, POOLED_KEY: bundle.prompt.pooled}
@@ -116,6 +125,7 @@ def read_bundle(path: Path) -> Bundle:
         description["defaults"],
         description["notes"],
         description.get("preview", ()),
+        description.get("folded", False),
     )
 
 
@@ -153,6 +163,8 @@ def _check_description(path: Path, description: dict[str, Any]) -> None:
         low, high = DEFAULTS.get(name, (1, 0))
         if type(value) is not int or not low <= value <= high:
             raise ValueError(f"{path} has damaged bundle metadata: default {name} = {value!r}")
+    if description.get("folded", False) not in ((False, True) if kind == "merged" else (False,)):
+        raise ValueError(f"{path} has damaged bundle metadata: folded = {description['folded']!r} in a bundle of kind {kind}")
     if "preview" in description and not _is_preview(description):
         raise ValueError(f"{path} has damaged bundle metadata: preview is not a row of 3 numbers for each latent channel and 1")
 

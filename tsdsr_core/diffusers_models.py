@@ -18,6 +18,7 @@ from . import lora as lora_module
 from .bundle import BUILTIN, Bundle, read_bundle
 from .device import free_memory, release_memory
 from .flow import TIMESTEP
+from .fold import NoEmbedding, empty
 from .lora import Lora
 from .memory import TileMemory, tile_bytes
 from .prompt import PromptEmbeds
@@ -165,7 +166,7 @@ def load_bundle(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Dif
     """
     if bundle.kind != "merged":
         raise ValueError("this bundle holds only LoRAs: give an SD3 folder as the model and the bundle as the LoRA")
-    transformer = _from_weights("transformer", bundle.configs["transformer"], bundle.transformer)
+    transformer = _from_weights("transformer", bundle.configs["transformer"], bundle.transformer, bundle.folded)
     vae = _from_weights("vae", bundle.configs["vae"], bundle.vae)
     if not isinstance(vae.config["scaling_factor"], int | float):
         raise ValueError(f"the bundle's VAE has the scaling factor {vae.config['scaling_factor']!r}: expected a number")
@@ -180,11 +181,13 @@ def load_builtin(device: torch.device, dtype: torch.dtype) -> DiffusersModel:
 def merged_bundle(
     transformer: Any, vae: Any, prompt: PromptEmbeds, dtype: torch.dtype, defaults: Mapping[str, Any], notes: Mapping[str, str]
 ) -> Bundle:
-    """A self-contained bundle of a diffusers transformer and autoencoder with weights in ``dtype``."""
+    """A self-contained bundle of a diffusers transformer, folded or not, and autoencoder with weights in ``dtype``."""
     parts = {"transformer": transformer, "vae": vae}
     weights = {name: {k: v.to(dtype) for k, v in part.state_dict().items()} for name, part in parts.items()}
     configs = {name: {k: v for k, v in part.config.items() if not k.startswith("_")} for name, part in parts.items()}
-    return Bundle("merged", prompt.to("cpu", dtype), weights["transformer"], weights["vae"], configs, defaults, notes)
+    prompt = prompt.to("cpu", dtype)
+    folded = isinstance(transformer.time_text_embed, NoEmbedding)
+    return Bundle("merged", prompt, weights["transformer"], weights["vae"], configs, defaults, notes, folded=folded)
 
 
 def folder_shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
@@ -249,10 +252,12 @@ def _read_config(path: Path, part: str) -> dict[str, Any]:
     return config
 
 
-def _from_weights(part: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Any:
+def _from_weights(part: str, config: Mapping[str, Any], weights: Mapping[str, Tensor], folded: bool = False) -> Any:
     try:
         with torch.device("meta"):
             model = _CLASSES[part].from_config(dict(config))
+        if folded:
+            empty(model)
         model.load_state_dict(weights, strict=True, assign=True)
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise ValueError(f"the bundle's {part} does not match its configuration: {error}") from error

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...tsdsr_core.bundle import Bundle, read_bundle
 from ...tsdsr_core.prompt import PromptEmbeds
 from ...tsdsr_core.vae_keys import weights_to_original
+from . import folded
 
 DEFAULTS, PREVIEW = "tsdsr_defaults", "tsdsr_preview"
 """Names of the attachments with which a model carries the options that suit it and how its latents look."""
@@ -29,10 +30,12 @@ def build_model(bundle: Bundle, **options: Any) -> Any:
     Raises:
         ValueError: where ComfyUI cannot hold it.
     """
-    weights = dict(bundle.transformer)
+    weights = folded.widened(bundle.transformer) if bundle.folded else dict(bundle.transformer)
     model = comfy.sd.load_diffusion_model_state_dict(weights, **options)
     if model is None or not isinstance(model.model, comfy.model_base.SD3) or weights:
         raise ValueError(f"ComfyUI cannot load this bundle's transformer as SD3; left over: {sorted(weights)[:8]}")
+    if bundle.folded:
+        folded.narrow(model, bundle.prompt.pooled.float())
     model.set_attachments(DEFAULTS, dict(bundle.defaults))
     if bundle.preview:
         model.set_attachments(PREVIEW, bundle.preview)

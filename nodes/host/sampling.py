@@ -23,7 +23,7 @@ from ...tsdsr_core.memory import CPU_BATCH, TileMemory
 from ...tsdsr_core.restore import pad_to
 from ...tsdsr_core.tile_blend import Cutting, fitting_velocity
 from ...tsdsr_core.tile_plan import OVERLAP, TILE, TilePlan, TileSettings, even_tiles
-from . import running
+from . import folded, running
 from .models import check_sd3
 
 PREVIEW_SIDE = 64
@@ -57,7 +57,7 @@ class OneStepSampler(comfy.samplers.Sampler):
         check_model(patcher)
         check_latents(latent_image, patcher)
         for prompts in model_wrap.conds.values():
-            check_prompts(prompts, base)
+            check_prompts(prompts, patcher)
         offset = _shift(base)
         z = latent_image if not latent_image.any() else latent_image + offset  # the host leaves all-zero latents unshifted
 
@@ -145,11 +145,12 @@ def check_conditioning(conditioning: Any, model: Any) -> None:
     """Raise ``ValueError`` unless ``conditioning`` is a prompt for ``model``."""
     if not conditioning:
         raise ValueError("the conditioning is empty: connect TSD-SR Load Prompt or CLIP Text Encode of SD3")
-    check_prompts([{**extra, "cross_attn": tokens} for tokens, extra in conditioning], model.model)
+    check_prompts([{**extra, "cross_attn": tokens} for tokens, extra in conditioning], model)
 
 
-def check_prompts(prompts: list[dict[str, Any]], base: Any) -> None:
-    """Raise ``ValueError`` unless each of ``prompts``, as the host's sampling has them, suits the host model ``base``."""
+def check_prompts(prompts: list[dict[str, Any]], model: Any) -> None:
+    """Raise ``ValueError`` unless each of ``prompts``, as the host's sampling has them, suits ``model``."""
+    own = model.get_attachment(folded.POOLED)
     for prompt in prompts:
         tokens, pooled = prompt.get("cross_attn"), prompt.get("pooled_output")
         if tokens is None or pooled is None:
@@ -160,12 +161,15 @@ def check_prompts(prompts: list[dict[str, Any]], base: Any) -> None:
         for key in ("area", "mask", "control", "gligen"):
             if prompt.get(key) is not None:
                 raise ValueError(f"the conditioning has a {key!r}, which the tiles of TSD-SR cannot follow: remove that node")
-        diffusion = base.diffusion_model
-        expected = diffusion.context_embedder.in_features, diffusion.y_embedder.mlp[0].in_features
+        expected = model.model.diffusion_model.context_embedder.in_features, _pooled_width(model)
         if (tokens.shape[-1], pooled.shape[-1]) != expected:
             raise ValueError(
                 f"the conditioning is {tokens.shape[-1]} and {pooled.shape[-1]} wide, this MODEL takes {expected[0]} and "
                 f"{expected[1]}: connect the conditioning from the loader of this MODEL"
+            )
+        if own is not None and not torch.equal(pooled.cpu().float(), own):
+            raise ValueError(
+                "this checkpoint is folded: it takes the one prompt it was made with; connect the conditioning from its loader"
             )
         if len(tokens) > 1:
             raise ValueError(f"the conditioning holds a batch of {len(tokens)} prompts: TSD-SR takes one for all tiles")
@@ -225,6 +229,12 @@ def _callback(model: Any, progress: running.Progress | None) -> Any:
         before = step + 1
 
     return callback
+
+
+def _pooled_width(model: Any) -> int:
+    """Width of the pooled prompt that ``model`` takes."""
+    own = model.get_attachment(folded.POOLED)
+    return model.model.diffusion_model.y_embedder.mlp[0].in_features if own is None else own.shape[-1]
 
 
 def _shift(base: Any) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...tsdsr_core.bundle import Bundle
 from ...tsdsr_core.vae_keys import weights_to_diffusers
-from . import running
+from . import folded, running
 from .models import NORM_GROUPS, PREVIEW, defaults_of, from_conditioning, vae_shape
 
 
@@ -41,6 +41,8 @@ def to_bundle(model: Any, vae: Any, conditioning: list[Any], dtype: torch.dtype,
     Raises:
         ValueError: for several prompts, of which a bundle holds one, and for a quantised model.
     """
+    if model.get_attachment(folded.POOLED) is not None:
+        raise ValueError("this checkpoint is folded already: copy its file, or save from the whole one")
     if len(conditioning) > 1:
         raise ValueError(f"the conditioning combines {len(conditioning)} prompts: a checkpoint holds one")
     native = merged_weights(model, "diffusion_model.", dtype)

@@ -172,7 +172,7 @@ class LittleVae:
 class Prompt:
     """Conditioning with and without what SD3 needs."""
 
-    INPUT_TYPES = classmethod(lambda cls: {"required": {"kind": (["no pooled output", "area", "nothing"],)}})
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"kind": (["no pooled output", "area", "nothing", "zeros"],)}})
     RETURN_TYPES = ("CONDITIONING",)
     FUNCTION = "make"
     CATEGORY = "test"
@@ -183,6 +183,7 @@ class Prompt:
             {
                 "no pooled output": [[tokens, {}]],
                 "nothing": [],
+                "zeros": [[tokens, {"pooled_output": pooled}]],
                 "area": [[tokens, {"pooled_output": pooled, "area": (8, 8, 0, 0)}]],
             }[kind],
         )

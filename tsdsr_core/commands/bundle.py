@@ -10,6 +10,7 @@ import torch
 from ..bundle import Bundle, write_bundle
 from ..device import DTYPES
 from ..diffusers_models import merged_bundle
+from ..fold import NoEmbedding, fold
 from .model_options import add_source_arguments, has_strengths, load_model, load_official
 
 
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tsdsr bundle``."""
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--merge", action="store_true", help="put the whole model with merged LoRAs in; needs --model")
+    parser.add_argument("--fold", action="store_true", help="with --merge: a third smaller, for this prompt alone")
     add_source_arguments(parser, default_model="")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="number type of the stored tensors")
     parser.add_argument("--note", action="append", default=[], metavar="KEY=TEXT", help="text to store, such as license=...")
@@ -31,6 +33,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.output} exists already: add --existing overwrite")
     dtype = DTYPES[options.dtype]
     notes = _notes(options.note)
+    if options.fold and not options.merge:
+        raise ValueError("--fold needs --merge: the LoRAs must be in the weights before they are folded")
     bundle = _merged(options, dtype, notes) if options.merge else _loras(options, dtype, notes)
     write_bundle(options.output, bundle)
     print(f"{options.output}  {bundle.kind} bundle, {options.output.stat().st_size / 1e6:.1f} MB")
@@ -40,9 +44,13 @@ def run(options: argparse.Namespace) -> int:
 def _merged(options: argparse.Namespace, dtype: torch.dtype, notes: dict[str, str]) -> Bundle:
     if not options.model:
         raise ValueError("--merge needs --model: the SD3 folder to merge the LoRAs into")
-    if not Path(options.model).is_dir():
+    if not Path(options.model).is_dir() and not options.fold:
         raise ValueError(f"--model {options.model}: expected an SD3 folder; the built-in model and bundles are merged already")
     model = load_model(options, torch.device("cpu"), torch.float32)
+    if options.fold:
+        if isinstance(model.transformer.time_text_embed, NoEmbedding):
+            raise ValueError(f"--model {options.model} is folded already")
+        fold(model.transformer, model.prompt.pooled)
     return merged_bundle(model.transformer, model.vae, model.prompt, dtype, model.defaults, notes)
 
 

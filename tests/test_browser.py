@@ -154,7 +154,9 @@ def test_the_template_browser_opens_each_workflow(path, page, host):
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.get_by_role("dialog")
     dialog.get_by_text(host_module.PACK).first.click(timeout=20_000)
-    dialog.get_by_text(path.stem, exact=True).first.click(timeout=20_000)
+    card = dialog.get_by_text(path.stem, exact=True).first
+    card.wait_for(timeout=20_000)
+    card.evaluate("card => card.click()")  # a pointer would wait until every thumbnail has stopped moving
     page.wait_for_function(SAME_TYPES, arg=types_of(path), timeout=20_000)
     page.wait_for_timeout(500)
     assert dialog.count() == 0 or not dialog.first.is_visible()

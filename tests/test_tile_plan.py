@@ -47,24 +47,43 @@ def test_official_tiles_refuse_what_cuts_patches():
         official_tiles(63, 80, PUBLISHED)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "tops", "lefts", "tile"),
+    [
+        (64, 64, (0,), (0,), (64, 64)),
+        (72, 80, (0,), (0,), (72, 80)),  # one tile, a little larger
+        (96, 96, (0, 32), (0, 32), (64, 64)),  # no larger tile saves one
+        (128, 128, (0, 60), (0, 60), (68, 68)),  # 4 x 1489 tokens, not 9 x 1357
+        (128, 64, (0, 60), (0,), (68, 64)),
+        (512, 512, tuple(range(0, 433, 72)), tuple(range(0, 433, 72)), (80, 80)),
+    ],
+)
+def test_tiles_stretch_where_fewer_cost_less(height, width, tops, lefts, tile):
+    plan = even_tiles(height, width, TileSettings(64, 8, 2, stretch=16))
+    assert (plan.tops, plan.lefts, (plan.tile_height, plan.tile_width)) == (tops, lefts, tile)
+
+
 @given(even, even, st.integers(2, 40), st.data())
 def test_even_tiles_cover_everything_on_patches_with_the_wanted_overlap(height, width, half_tile, data):
     tile = 2 * half_tile
     overlap = 2 * data.draw(st.integers(0, half_tile - 1))
-    settings = TileSettings(tile, overlap, 2)
+    stretch = data.draw(st.integers(0, 20))
+    settings = TileSettings(tile, overlap, 2, stretch=stretch)
     plan = even_tiles(height, width, settings)
     if not needs_tiles(height, width, settings):
         assert (len(plan), plan.tile_height, plan.tile_width) == (1, height, width)
         return
     for starts, side, length in ((plan.tops, plan.tile_height, height), (plan.lefts, plan.tile_width, width)):
-        assert side == min(tile, length)
+        assert min(tile, length) <= side <= max(min(tile, length), min(tile + stretch, length))
         assert starts[0] == 0
         assert starts[-1] + side == length
         assert all(start % 2 == 0 for start in starts)
         steps = [b - a for a, b in itertools.pairwise(starts)]
-        assert all(0 < step <= tile - overlap for step in steps)
+        assert all(0 < step <= side - overlap for step in steps)
         assert not steps or max(steps) - min(steps) <= 2
-        assert len(starts) == (1 if side == length else -(-(length - tile) // (tile - overlap)) + 1)
+        assert len(starts) == (1 if side == length else -(-(length - side) // (side - overlap)) + 1)
+    if stretch:
+        assert len(plan) <= len(even_tiles(height, width, TileSettings(tile, overlap, 2)))
 
 
 def test_a_long_strip_is_cut_where_the_model_has_no_positions():

@@ -17,7 +17,7 @@ from .flow import one_step
 from .geometry import PROCESS_SIZE, SCALE_RANGE, Size, SizePlan, plan_size
 from .memory import TileMemory
 from .tile_blend import Cutting, Velocity, centred_window, fitting_velocity, official_window
-from .tile_plan import OVERLAP, TILE, TilePlan, TileSettings, even_tiles, official_tiles
+from .tile_plan import OVERLAP, STRETCH, TILE, TilePlan, TileSettings, even_tiles, official_tiles
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total); stages are "encode", "step" and "decode"."""
@@ -53,7 +53,7 @@ class Options:
     strength: float = 1.0
     recipe: str = "default"
     tile: int | None = None
-    """Side in latent cells; None for the published 64, or less where memory is short."""
+    """Side in latent cells; None for about the published 64, or less where memory is short."""
     tile_overlap: int = OVERLAP
     tile_batch: int | None = None
     """None for as many as fit into memory."""
@@ -133,8 +133,10 @@ def predict_velocity(z: Tensor, model: Model, options: Options, progress: Progre
 def tile_settings(model: Model, options: Options) -> TileSettings:
     """The tile settings of ``options`` for ``model``; raises ``ValueError`` where they do not suit it."""
     side = min(TILE, model.longest_side or TILE) if options.tile is None else options.tile
-    settings = TileSettings(side, options.tile_overlap, model.patch, model.longest_side)
-    return settings if options.tile is not None else settings.with_tile(min(side, model.memory.side()))
+    if options.tile is not None or options.recipe == "official":
+        return TileSettings(side, options.tile_overlap, model.patch, model.longest_side)
+    settings = TileSettings(side, options.tile_overlap, model.patch, model.longest_side, STRETCH)
+    return settings.with_tile(min(side, model.memory.side()))
 
 
 def bicubic(image: Tensor, size: Size) -> Tensor:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, replace
 
 TILE = 64
 OVERLAP = 8
+STRETCH = 16
+"""How many cells longer than the published tile a chosen one may be."""
+_PROMPT_TOKENS = 333
+"""What each tile costs besides its own tokens."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class TileSettings:
     """The transformer's patch size; tiles start and end on patches."""
     longest_side: int | None = None
     """Longest side that the transformer's position table covers; None for no limit."""
+    stretch: int = 0
+    """Cells by which tiles may be longer where fewer of them then cover the latent at less cost."""
 
     def __post_init__(self) -> None:
         if self.tile < self.multiple or self.tile % self.multiple:
@@ -50,10 +58,10 @@ class TileSettings:
             raise ValueError(f"tile {self.tile} is above the {self.longest_side} latent cells that this model can see")
 
     def with_tile(self, tile: int) -> TileSettings:
-        """The same for another tile, or the longest that the model can see; the overlap keeps its share of a smaller one."""
+        """The same for another tile, or the longest that the model can see; overlap and stretch keep their share of it."""
         tile = min(tile, self.longest_side or tile) // self.multiple * self.multiple
-        share = min(self.overlap, self.overlap * tile // self.tile)
-        return replace(self, tile=tile, overlap=share // self.multiple * self.multiple)
+        overlap = min(self.overlap, self.overlap * tile // self.tile) // self.multiple * self.multiple
+        return replace(self, tile=tile, overlap=overlap, stretch=min(self.stretch, self.stretch * tile // self.tile))
 
 
 def needs_tiles(height: int, width: int, settings: TileSettings) -> bool:
@@ -63,10 +71,20 @@ def needs_tiles(height: int, width: int, settings: TileSettings) -> bool:
 
 
 def even_tiles(height: int, width: int, settings: TileSettings) -> TilePlan:
-    """Tiles spread evenly, each overlap at least the wanted one; a side shorter than the tile shortens the tile."""
+    """Tiles spread evenly, each overlap at least the wanted one; a side shorter than the tile shortens the tile.
+
+    Where they may stretch, the tiles are those that cost the least: 128 cells are two tiles of 68, not three of 64.
+    """
     if not needs_tiles(height, width, settings):
         return TilePlan(height, width, height, width, (0,), (0,))
-    tile_height, tile_width = min(settings.tile, height), min(settings.tile, width)
+
+    def cost(tile: tuple[int, int]) -> int:
+        tokens = tile[0] * tile[1] // settings.multiple**2 + _PROMPT_TOKENS
+        counts = (len(_even_offsets(*pair, settings)) for pair in zip((height, width), tile, strict=True))
+        return math.prod(counts) * tokens
+
+    sides = (_possible_sides(length, settings) for length in (height, width))
+    tile_height, tile_width = min(itertools.product(*sides), key=cost)
     tops = _even_offsets(height, tile_height, settings)
     lefts = _even_offsets(width, tile_width, settings)
     return TilePlan(height, width, tile_height, tile_width, tops, lefts)
@@ -90,6 +108,18 @@ def official_tiles(height: int, width: int, settings: TileSettings) -> TilePlan:
     tops = _edge_offsets(height, tile_height, settings.overlap)
     lefts = _edge_offsets(width, tile_width, settings.overlap)
     return TilePlan(height, width, tile_height, tile_width, tops, lefts)
+
+
+def _possible_sides(length: int, settings: TileSettings) -> list[int]:
+    """The tile's side, and for each smaller count of tiles the shortest side with which that many cover ``length``."""
+    side, unit = min(settings.tile, length), settings.multiple
+    most = min(settings.tile + settings.stretch, length, settings.longest_side or length)
+    sides = [side]
+    for count in range(1, len(_even_offsets(length, side, settings))):
+        needed = -(-(length + (count - 1) * settings.overlap) // (count * unit)) * unit
+        if side < needed <= most:
+            sides.append(needed)
+    return sides
 
 
 def _even_offsets(length: int, tile: int, settings: TileSettings) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from ...tsdsr_core.flow import TIMESTEP, one_step
 from ...tsdsr_core.memory import CPU_BATCH, TileMemory
 from ...tsdsr_core.restore import pad_to
 from ...tsdsr_core.tile_blend import Cutting, fitting_velocity
-from ...tsdsr_core.tile_plan import OVERLAP, TILE, TilePlan, TileSettings, even_tiles
+from ...tsdsr_core.tile_plan import OVERLAP, STRETCH, TILE, TilePlan, TileSettings, even_tiles
 from . import folded, running
 from .models import check_sd3
 
@@ -36,7 +36,7 @@ class StepSettings:
 
     strength: float = 1.0
     tile: int = 0
-    """Latent cells; 0 for the published side, or less where memory is short."""
+    """Latent cells; 0 for about the published side, or less where memory is short."""
     overlap: int = OVERLAP
     batch: int = 0
     """0 for as many tiles at once as fit."""
@@ -129,8 +129,10 @@ def tile_settings(base: Any, settings: StepSettings, memory: TileMemory) -> Tile
     multiple = base.diffusion_model.patch_size
     limit = (base.diffusion_model.pos_embed_max_size or 0) * multiple or None
     side = min(settings.tile or TILE, limit or settings.tile or TILE) // multiple * multiple
-    chosen = TileSettings(side, min(settings.overlap, side - 1) // multiple * multiple, multiple, limit)
-    return chosen if settings.tile else chosen.with_tile(min(side, memory.side()))
+    overlap = min(settings.overlap, side - 1) // multiple * multiple
+    if settings.tile:
+        return TileSettings(side, overlap, multiple, limit)
+    return TileSettings(side, overlap, multiple, limit, STRETCH).with_tile(min(side, memory.side()))
 
 
 def check_model(model: Any) -> None:

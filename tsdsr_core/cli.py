@@ -17,6 +17,7 @@ COMMANDS = {
     "bundle": "make a bundle: one file with LoRAs and embeddings, or a whole merged model",
     "info": "say what a LoRA, bundle, embedding or model folder is, and whether it fits",
     "eval": "compare a folder of results, or of inputs, with references",
+    "bench": "measure time and memory against the published procedure",
 }
 _MODULES = {"eval": "evaluate"}
 """Modules in ``commands`` whose name is not the command's."""

@@ -20,7 +20,7 @@ from .device import free_memory, release_memory
 from .flow import TIMESTEP
 from .fold import NoEmbedding, empty
 from .lora import Lora
-from .memory import TileMemory, tile_bytes
+from .memory import TileMemory, is_out_of_memory, tile_bytes
 from .prompt import PromptEmbeds
 from .restore import Model
 
@@ -43,6 +43,9 @@ class DiffusersModel:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Options that suit this model: ``process_size``, ``wavelet_levels``."""
 
+    compiled: Any = None
+    """What ``compile`` made of the transformer."""
+
     def __post_init__(self) -> None:
         self._check_prompt()
         _skip_idle_attention(self.vae)
@@ -54,6 +57,10 @@ class DiffusersModel:
     def vae_dtype(self) -> torch.dtype:
         """bf16 keeps too few digits for the encoder LoRA's small change of the weights, so the VAE then runs in fp32."""
         return torch.float32 if self.dtype == torch.bfloat16 else self.dtype
+
+    def compile(self) -> None:
+        """Run the transformer through ``torch.compile``; where that fails, it runs as it is, after one line in the log."""
+        self.compiled = torch.compile(self.transformer)
 
     def restorer(self, posterior: str = "mode", seed: int = 0) -> Model:
         """The callables, with the encoder's posterior taken at its ``"mode"`` or as a seeded ``"sample"``."""
@@ -98,14 +105,26 @@ class DiffusersModel:
     def velocity(self, z: Tensor) -> Tensor:
         """``v(z, t = 1000)`` under the fixed prompt."""
         count = len(z)
-        output = self.transformer(
-            hidden_states=z.to(self.dtype),
-            timestep=torch.full((count,), TIMESTEP, device=z.device, dtype=self.dtype),
-            encoder_hidden_states=self.prompt.tokens.expand(count, -1, -1),
-            pooled_projections=self.prompt.pooled.expand(count, -1),
-            return_dict=False,
-        )[0]
-        return output.to(z.dtype)
+        given = {
+            "hidden_states": z.to(self.dtype),
+            "timestep": torch.full((count,), TIMESTEP, device=z.device, dtype=self.dtype),
+            "encoder_hidden_states": self.prompt.tokens.expand(count, -1, -1),
+            "pooled_projections": self.prompt.pooled.expand(count, -1),
+            "return_dict": False,
+        }
+        return self._run_transformer(given)[0].to(z.dtype)
+
+    def _run_transformer(self, given: dict[str, Any]) -> Any:
+        if self.compiled is None:
+            return self.transformer(**given)
+        try:
+            return self.compiled(**given)
+        except Exception as error:  # compilers fail in many ways; a fault of the transformer itself shows below again
+            if is_out_of_memory(error):
+                raise
+            log.warning("torch.compile failed, going on without it: %s", str(error).strip().partition("\n")[0])
+            self.compiled = None
+        return self.transformer(**given)
 
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Tensor:

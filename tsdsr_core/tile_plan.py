@@ -83,8 +83,8 @@ def even_tiles(height: int, width: int, settings: TileSettings) -> TilePlan:
         counts = (len(_even_offsets(*pair, settings)) for pair in zip((height, width), tile, strict=True))
         return math.prod(counts) * tokens
 
-    sides = (_possible_sides(length, settings) for length in (height, width))
-    tile_height, tile_width = min(itertools.product(*sides), key=cost)
+    sides = itertools.product(_possible_sides(height, settings), _possible_sides(width, settings))
+    tile_height, tile_width = min(sides, key=cost)
     tops = _even_offsets(height, tile_height, settings)
     lefts = _even_offsets(width, tile_width, settings)
     return TilePlan(height, width, tile_height, tile_width, tops, lefts)

@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tile", type=_automatic, default="auto", help="tile side in latent cells, or auto: 64 where it fits")
     parser.add_argument("--tile-overlap", type=int, default=OVERLAP, help="least overlap of tiles in latent cells")
     parser.add_argument("--tile-batch", type=_automatic, default="auto", help="tiles at once, a number or auto")
+    parser.add_argument("--compile", action="store_true", help="run the transformer through torch.compile: slow to start")
     parser.add_argument("--posterior", choices=("mode", "sample"), default="mode", help="of the VAE encoder")
     parser.add_argument("--seed", type=int, default=0, help="of --posterior sample, the same for each picture")
     add_device_arguments(parser)
@@ -101,6 +102,8 @@ def _run_shared(jobs: list[Job], device: torch.device, chosen: Options, options:
 
 def _run_jobs(jobs: list[Job], device: torch.device, chosen: Options, options: argparse.Namespace) -> list[Outcome]:
     model = load_model(options, device, choose_dtype(options.dtype, device))
+    if options.compile:
+        model.compile()
     chosen = replace(chosen, **model.defaults)
     tile_settings(model.restorer(), chosen)  # settings that do not suit the model end here, not once per picture
     outcomes = []

@@ -1,0 +1,277 @@
+"""Time and memory of the published procedure and of this project's, side by side on random weights in the published layout.
+
+Published: diffusers and peft with the adapters beside the weights, one tile of 64 latent cells at a time, the autoencoder
+untiled. This project's: a merged and folded bundle, tiles in batches, the exact tiled autoencoder.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .bundle import read_bundle, write_bundle
+from .device import release_memory
+from .diffusers_models import DiffusersModel, load_bundle, load_folder, merged_bundle
+from .flow import TIMESTEP
+from .fold import fold
+from .lora import TRANSFORMER_FILE, VAE_FILE, load_lora
+from .prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds, load_prompt
+from .restore import Model, Options, restore
+from .sd3 import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, VAE_CONFIG
+
+STAGES = ("encode", "step", "decode", "colour")
+SCALE = 4
+_TRANSFORMER_TARGETS = [
+    "to_k", "to_q", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "proj", "linear", "proj_out",
+]  # fmt: skip
+_VAE_TARGETS = r"encoder\.(conv_in|conv_out|.*\.(conv1|conv2|conv_shortcut|conv|to_q|to_k|to_v|to_out\.0))"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model in the published layout."""
+
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    tokens: tuple[int, ...]
+    pooled: tuple[int, ...]
+    rank: int
+
+
+SIZES = {
+    "tiny": Size(
+        {**TRANSFORMER_CONFIG, "num_layers": 4, "num_attention_heads": 4, "caption_projection_dim": 256,
+         "joint_attention_dim": 256, "pooled_projection_dim": 128},
+        {**VAE_CONFIG, "block_out_channels": (32, 64, 64, 64)}, (1, 333, 256), (1, 128), 16,
+    ),
+    "sd3-medium": Size(TRANSFORMER_CONFIG, VAE_CONFIG, TOKENS_SHAPE, POOLED_SHAPE, 64),
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One picture through one procedure."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+    """Above what was held before: allocated on a GPU, resident on the CPU."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A loaded procedure."""
+
+    name: str
+    model: Model
+    options: Options
+    weights: int
+    """Bytes of the weights it holds."""
+    load_seconds: float
+
+
+def write_files(folder: Path, size: Size, dtype: torch.dtype) -> None:
+    """Random weights: an SD3 folder, the LoRA pair and the embeddings, and our bundle of them.
+
+    Everything is drawn with a standard deviation that keeps activations finite in 16 bit.
+    """
+    torch.manual_seed(0)
+    parts = (
+        ("transformer", SD3Transformer2DModel, size.transformer, _TRANSFORMER_TARGETS, TRANSFORMER_FILE),
+        ("vae", AutoencoderKL, size.vae, _VAE_TARGETS, VAE_FILE),
+    )
+    for name, kind, config, targets, file in parts:
+        with torch.device("meta"):
+            model = kind(**config)
+        _fill(model, dtype)
+        model.save_pretrained(folder / "sd3" / name)
+        model.add_adapter(LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=targets))
+        adapters = {key: value for key, value in model.named_parameters() if ".default." in key}
+        tensors = {
+            "transformer." + key.replace(".default", ""): torch.randn(value.shape) * 0.01 for key, value in adapters.items()
+        }
+        save_file(tensors, folder / file)
+        del model
+    torch.save(torch.randn(size.tokens), folder / TOKENS_FILE)
+    torch.save(torch.randn(size.pooled), folder / POOLED_FILE)
+    model = load_folder(folder / "sd3", _loras(folder), load_prompt(folder), torch.device("cpu"), torch.float32)
+    fold(model.transformer, model.prompt.pooled)
+    write_bundle(folder / "ours.safetensors", merged_bundle(model.transformer, model.vae, model.prompt, dtype, {}, {}))
+
+
+def _fill(model: nn.Module, dtype: torch.dtype) -> None:
+    model.to_empty(device="cpu").to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.7 * parameter[0].numel() ** -0.5)
+            else:
+                parameter.fill_(float(name.endswith("weight")))
+        for buffer in model.buffers():
+            buffer.normal_(std=0.02)
+
+
+def _loras(folder: Path) -> Any:
+    return load_lora(folder / TRANSFORMER_FILE), load_lora(folder / VAE_FILE)
+
+
+def load_official(folder: Path, device: torch.device, dtype: torch.dtype) -> Contender:
+    """The published procedure: adapters beside the weights, one tile at a time."""
+    start = time.perf_counter()
+    prompt = load_prompt(folder).to(device, dtype)
+    transformer = SD3Transformer2DModel.from_pretrained(folder / "sd3" / "transformer", torch_dtype=dtype)
+    vae = AutoencoderKL.from_pretrained(folder / "sd3" / "vae", torch_dtype=dtype)
+    for model, lora, targets in zip((transformer, vae), _loras(folder), (_TRANSFORMER_TARGETS, _VAE_TARGETS), strict=True):
+        rank = next(iter(lora.pairs.values())).rank
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+        state = {key.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): value
+                 for key, value in lora.state_dict().items()}  # fmt: skip
+        _, unexpected = model.load_state_dict(state, strict=False)
+        assert not unexpected
+        nn.Module.to(model.requires_grad_(False).eval(), device, dtype)
+    seconds = time.perf_counter() - start
+    options = Options(scale=SCALE, recipe="official", tile_batch=1, process_size=0)
+    model = _official_model(transformer, vae, prompt, dtype)
+    return Contender("published", model, options, _bytes(transformer) + _bytes(vae), seconds)
+
+
+def _official_model(transformer: Any, vae: Any, prompt: PromptEmbeds, dtype: torch.dtype) -> Model:
+    def velocity(z: Tensor) -> Tensor:
+        timestep = torch.full((len(z),), TIMESTEP, device=z.device, dtype=dtype)
+        return transformer(z.to(dtype), prompt.tokens, prompt.pooled, timestep, return_dict=False)[0].to(z.dtype)
+
+    return Model(
+        encode=torch.inference_mode()(lambda x: vae.encode(x.to(dtype)).latent_dist.mode().to(x.dtype)),
+        velocity=torch.inference_mode()(velocity),
+        decode=torch.inference_mode()(lambda z: vae.decode(z.to(dtype), return_dict=False)[0].to(z.dtype)),
+        scaling_factor=vae.config["scaling_factor"],
+        vae_factor=2 ** (len(vae.config["block_out_channels"]) - 1),
+        patch=transformer.config["patch_size"],
+        longest_side=transformer.config["pos_embed_max_size"] * transformer.config["patch_size"],
+    )
+
+
+def load_ours(folder: Path, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> Contender:
+    """This project's procedure, from the merged and folded bundle."""
+    start = time.perf_counter()
+    model: DiffusersModel = load_bundle(read_bundle(folder / "ours.safetensors"), device, dtype)
+    if compiled:
+        model.compile()
+    seconds = time.perf_counter() - start
+    options = Options(scale=SCALE, process_size=0)
+    return Contender("ours", model.restorer(), options, _bytes(model.transformer) + _bytes(model.vae), seconds)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(value.numel() * value.element_size() for value in model.parameters())
+
+
+def run_once(contender: Contender, side: int, device: torch.device) -> Run:
+    """Restore one picture of ``side / SCALE`` pixels to ``side``."""
+    picture = torch.rand(1, 3, side // SCALE, side // SCALE, generator=torch.Generator().manual_seed(0)).to(device)
+    run = Run()
+    ends: dict[str, float] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        synchronise(device)
+        ends[stage] = time.perf_counter()
+
+    with peak_memory(device) as peak:
+        start = time.perf_counter()
+        restore(picture, contender.model, contender.options, progress)
+        synchronise(device)
+        ends["colour"] = time.perf_counter()
+    for stage in STAGES:
+        run.seconds[stage] = ends[stage] - start
+        start = ends[stage]
+    run.peak_bytes = peak()
+    return run
+
+
+def count_flops(contender: Contender, side: int, device: torch.device) -> int:
+    """Floating-point operations of one run, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        run_once(contender, side, device)
+    return counter.get_total_flops()
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of several."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(5):
+        synchronise(device)
+        start = time.perf_counter()
+        torch.matmul(a, b)
+        synchronise(device)
+        best = max(best, 2 * side**3 / (time.perf_counter() - start))
+    return best
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for an accelerator."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Measure what is allocated on a GPU, or resident on the CPU, beyond what it is now."""
+    release_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+        return
+    sampler = _ResidentMemory()
+    sampler.start()
+    try:
+        yield lambda: sampler.most - sampler.before
+    finally:
+        sampler.ended.set()
+        sampler.join()
+
+
+class _ResidentMemory(threading.Thread):
+    """Looks at the process's resident memory a hundred times a second; 0 where the system does not tell."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.ended = threading.Event()
+        self.before = self.most = self._now()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.01):
+            self.most = max(self.most, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+        except (OSError, ValueError):
+            return 0
+        return pages * resource.getpagesize()
+
+
+def machine(device: torch.device) -> str:
+    """What ran, in words."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return f"{name}, torch {torch.__version__}, Python {sys.version.split()[0]}"

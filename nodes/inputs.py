@@ -39,8 +39,8 @@ def tiling() -> list[Any]:
     return [
         field(
             io.Int, "tile", default=0, min=0, max=384, step=2, advanced=True,
-            tooltip="Side of the transformer's tiles in latent cells (8 pixels each for SD3). 0 takes 64, which TSD-SR was "
-            "trained on, or less where memory is short.",
+            tooltip="Side of the transformer's tiles in latent cells (8 pixels each for SD3). 0 takes about 64, which TSD-SR "
+            "was trained on, or less where memory is short.",
         ),
         field(
             io.Int, "tile_overlap", default=OVERLAP, min=0, max=128, step=2, advanced=True,

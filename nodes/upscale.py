@@ -107,7 +107,7 @@ class Restorer:
         height, width = self.size.padded[0] // factor, self.size.padded[1] // factor
         latents = torch.empty(1, 1, height, width, device="meta")
         plan = sampling.plan_tiles(latents, self.model, self.settings)
-        return 2 * host_vae.tile_count(height, width) + len(plan)
+        return 2 * host_vae.UNITS + len(plan)
 
     def run(self, images: Tensor, progress: running.Progress) -> Iterator[Tensor]:
         """Images ``(B, 3, H, W)`` in 0..1, one by one in their target size; each model is loaded once for all of them."""

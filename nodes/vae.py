@@ -26,8 +26,8 @@ class Encode(io.ComfyNode):
         return schema(
             "TSDSREncode",
             "TSD-SR Encode",
-            description="Encodes a picture of any size, in tiles where memory asks for it. Nothing is cropped: sides that "
-            "do not fit the model are padded, and TSD-SR Decode takes the padding away again.",
+            description="Encodes a picture of any size, in tiles that give what one piece would. Nothing is cropped: sides "
+            "that do not fit the model are padded, and TSD-SR Decode takes the padding away again.",
             search_aliases=["tsdsr vae encode", "tiled vae encode"],
             inputs=[
                 field(io.Image, "image", tooltip="One picture or a batch, of any size; enlarge it first. Alpha is left out."),
@@ -40,7 +40,7 @@ class Encode(io.ComfyNode):
     def execute(cls, image: Any, vae: Any) -> io.NodeOutput:
         rgb, _ = inputs.to_core(image)
         size = plan_target((rgb.shape[2], rgb.shape[3]), host_vae.factor_of(vae) * _PATCH, process_size=0)
-        latents = host_vae.encode(vae, to_pixels(rgb, size), running.Progress(host_vae.total(vae, rgb, size.padded)))
+        latents = host_vae.encode(vae, to_pixels(rgb, size), running.Progress(len(rgb) * host_vae.UNITS))
         return io.NodeOutput({"samples": latents, _SIZE: size.work})
 
 
@@ -52,7 +52,7 @@ class Decode(io.ComfyNode):
         return schema(
             "TSDSRDecode",
             "TSD-SR Decode",
-            description="Decodes a latent of any size, in tiles where memory asks for it.",
+            description="Decodes a latent of any size, in tiles that give what one piece would: no seams, no change of tone.",
             search_aliases=["tsdsr vae decode", "tiled vae decode"],
             inputs=[
                 field(io.Latent, "latent", tooltip="A latent of any size."),
@@ -70,5 +70,5 @@ class Decode(io.ComfyNode):
         size = plan_target(work, factor * _PATCH, process_size=0)
         if size.padded != padded:  # another node changed the latent's size
             size = plan_target(padded, 1, process_size=0)
-        pixels = host_vae.decode(vae, samples, running.Progress(host_vae.total(vae, samples, padded)))
+        pixels = host_vae.decode(vae, samples, running.Progress(len(samples) * host_vae.UNITS))
         return io.NodeOutput(inputs.to_host(from_pixels(pixels, size), None))

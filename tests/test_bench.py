@@ -1,6 +1,7 @@
 """The benchmark runs, and its two sides compute the same."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -50,3 +51,11 @@ def test_it_prints_a_table_and_ends_in_json(folder, capsys):
 def test_wrong_sides_are_named(capsys):
     assert main(["bench", "--outputs", "500"]) == 2
     assert "expected sides in multiples of 64" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for name in ("tsdsr_core.bench", "tsdsr_core.commands.bench"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert main(["bench"]) == 2
+    assert "peft is not installed: pip install tsdsr[bench]" in capsys.readouterr().err

@@ -26,6 +26,9 @@ INFERENCE = {
     "memory",
     "files",
     "vae_keys",
+    "vae_plan",
+    "vae_program",
+    "vae_tiled",
 }
 """What a host application loads: none of it may need diffusers or the command line's libraries."""
 EXTRAS = {"diffusers", "accelerate", "peft", "transformers", "cv2", "tifffile", "tqdm", "pyiqa", "skimage"}
@@ -54,7 +57,7 @@ def test_arrows_run_down(path):
             assert top not in EXTRAS | ({"diffusers_models", "image_io", "cli", "commands"} if level else set()), (
                 f"{path}: {name}"
             )
-        if path.stem in ("tile_plan", "geometry"):
+        if path.stem in ("tile_plan", "geometry", "vae_plan"):
             assert top != "torch", f"{path} is whole numbers only"
 
 

@@ -39,7 +39,12 @@ def _run(arguments: list[str]) -> int:
     for name, summary in COMMANDS.items():
         sub = subparsers.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         if name in arguments[:1]:  # a command's module loads torch and diffusers: seconds that --help need not wait
-            command = importlib.import_module(f".commands.{_MODULES.get(name, name)}", __package__)
+            try:
+                command = importlib.import_module(f".commands.{_MODULES.get(name, name)}", __package__)
+            except ModuleNotFoundError as error:
+                extra = "bench" if name == "bench" else "cli"
+                print(f"tsdsr {name}: error: {error.name} is not installed: pip install tsdsr[{extra}]", file=sys.stderr)
+                return 2
             sub.description = command.__doc__
             command.add_arguments(sub)
             sub.set_defaults(run=command.run)

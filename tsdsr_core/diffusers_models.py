@@ -23,6 +23,9 @@ from .lora import Lora
 from .memory import TileMemory, is_out_of_memory, tile_bytes
 from .prompt import PromptEmbeds
 from .restore import Model
+from .vae_plan import plan_tiles
+from .vae_program import Program, decoder_program, encoder_program
+from .vae_tiled import run as run_tiled
 
 log = logging.getLogger("tsdsr")
 
@@ -48,7 +51,6 @@ class DiffusersModel:
 
     def __post_init__(self) -> None:
         self._check_prompt()
-        _skip_idle_attention(self.vae)
         _move(self.transformer.requires_grad_(False).eval(), self.device, self.dtype)
         _move(self.vae.requires_grad_(False).eval(), self.device, self.vae_dtype)
         self.prompt = self.prompt.to(self.device, self.dtype)
@@ -89,17 +91,11 @@ class DiffusersModel:
     def encode(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
         """``E(x)``: pixels in -1..1 to unscaled latents, the mode or, with a generator, a sample."""
 
-        start = None if generator is None else generator.get_state()
-
-        def run(x: Tensor) -> Tensor:
-            posterior = self.vae.encode(x).latent_dist
-            if generator is None or start is None:
-                return posterior.mode()
-            generator.set_state(start)  # a second run, in fp32, draws the same
-            noise = torch.randn(posterior.mean.shape, generator=generator)
-            return posterior.mean + posterior.std * noise.to(posterior.mean)
-
-        return self._guarded(run, pixels, "encoder")
+        mean, log_variance = self._guarded(encoder_program, pixels, "encoder").chunk(2, 1)
+        if generator is None:
+            return mean
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
 
     @torch.inference_mode()
     def velocity(self, z: Tensor) -> Tensor:
@@ -129,10 +125,17 @@ class DiffusersModel:
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Tensor:
         """``D(z)``: unscaled latents to pixels in about -1..1."""
-        return self._guarded(lambda x: self.vae.decode(x, return_dict=False)[0], z, "decoder")
+        return self._guarded(decoder_program, z, "decoder")
 
-    def _guarded(self, run: Callable[[Tensor], Tensor], x: Tensor, part: str) -> Tensor:
+    def _guarded(self, half: Callable[[Any], Program], x: Tensor, part: str) -> Tensor:
         """Run a half of the VAE; where fp16 overflows, once more in fp32."""
+
+        def run(x: Tensor) -> Tensor:
+            program = half(self.vae)
+            forms = [op.form for op in program]
+            plan = plan_tiles(forms, x.shape[2], x.shape[3], x.dtype.itemsize, free_memory(self.device))
+            return run_tiled(program, x, plan, self.device, release=lambda: release_memory(self.device))
+
         result = run(x.to(self.vae_dtype))
         if self.vae_dtype != torch.float32 and not torch.isfinite(result).all():
             log.warning("the VAE %s overflowed in %s; running it again in fp32", part, self.vae_dtype)
@@ -285,11 +288,3 @@ def _from_weights(part: str, config: Mapping[str, Any], weights: Mapping[str, Te
 
 def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     nn.Module.to(model, device, dtype)  # diffusers' own .to() warns of every cast
-
-
-def _skip_idle_attention(vae: Any) -> None:
-    """Skip mid-block attention whose output projection is zero: it adds nothing and costs the square of the pixels."""
-    for block in (vae.encoder.mid_block, vae.decoder.mid_block):
-        for attention in block.attentions:
-            if attention is not None and not any(p.any() for p in attention.to_out.parameters()):
-                attention.forward = lambda hidden_states, temb=None: hidden_states

@@ -80,7 +80,6 @@ def build_vae(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -
     vae = comfy.sd.VAE(sd=sd, dtype=dtype, config={"params": {"ddconfig": options, "embed_dim": shape["latents"]}})
     vae.latent_channels = shape["latents"]
     vae.downscale_ratio = vae.upscale_ratio = 2 ** (len(shape["widths"]) - 1)
-    _skip_idle_attention(vae.first_stage_model)
     return vae
 
 
@@ -159,11 +158,3 @@ def vae_shape(weights: Mapping[str, Any]) -> dict[str, Any]:
     while f"decoder.up.0.block.{layers + 1}.conv1.weight" in weights:
         layers += 1
     return {"widths": widths, "layers": layers, "latents": weights["decoder.conv_in.weight"].shape[1]}
-
-
-def _skip_idle_attention(autoencoder: Any) -> None:
-    """Skip mid-block attention whose output projection is zero: it adds nothing and costs the square of the pixels."""
-    for half in (autoencoder.encoder, autoencoder.decoder):
-        attention = half.mid.attn_1
-        if not any(p.any() for p in attention.proj_out.parameters()):
-            attention.forward = lambda x, **_: x

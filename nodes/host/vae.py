@@ -1,19 +1,25 @@
-"""Encoding and decoding of any size, image by image, through the host's own VAE object."""
+"""Encoding and decoding of any size through the modules of the host's own VAE object: exact tiles, image by image."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
-import comfy.utils
+import comfy.ops
 import torch
 from torch import Tensor
 
+from ...tsdsr_core.vae_plan import Plan, plan_tiles
+from ...tsdsr_core.vae_program import Program, decoder_program, encoder_program
+from ...tsdsr_core.vae_tiled import run
 from . import running
 
-TILE, OVERLAP = 128, 32
-"""Latent cells; tiles this wide keep the estimate that each tile makes of the whole picture's statistics close."""
-_HEADROOM = 0.9
+UNITS = 16
+"""What one image counts for in progress on its way through the encoder or the decoder."""
+_SHARE = 0.9
+"""Of the memory of a device; the rest is for what other programs take."""
 
 
 def factor_of(vae: Any) -> int:
@@ -23,26 +29,8 @@ def factor_of(vae: Any) -> int:
 
 def encode(vae: Any, pixels: Tensor, progress: running.Progress) -> Tensor:
     """``(B, 3, H, W)`` in -1..1, sides multiples of the factor, to unscaled latents ``(B, C, h, w)`` in fp32."""
-    factor = factor_of(vae)
-    images = (pixels / 2 + 0.5).clamp(0, 1).movedim(1, -1)
-    results = []
-    for image in images.split(1):
-        shape = (1, 3, image.shape[1], image.shape[2])
-        if _fits(vae, vae.memory_used_encode(shape, vae.vae_dtype)):
-            running.check_interrupted()
-            results.append(vae.encode(image))
-            progress.update(tile_count(shape[2] // factor, shape[3] // factor))
-        else:
-            _load(vae, vae.memory_used_encode((1, 3, TILE * factor, TILE * factor), vae.vae_dtype))
-            results.append(
-                comfy.utils.tiled_scale(
-                    image.movedim(-1, 1),
-                    lambda tile: vae.first_stage_model.encode(_ready(vae, vae.process_input(tile))).float(),
-                    tile_x=TILE * factor, tile_y=TILE * factor, overlap=OVERLAP * factor, upscale_amount=1 / factor,
-                    out_channels=vae.latent_channels, output_device=vae.output_device, pbar=progress,
-                )
-            )  # fmt: skip
-    return torch.cat(results).float()
+    moments = _run(vae, encoder_program(vae.first_stage_model), pixels, progress)
+    return moments.chunk(2, 1)[0].float()
 
 
 def decode(vae: Any, latents: Tensor, progress: running.Progress) -> Tensor:
@@ -52,62 +40,62 @@ def decode(vae: Any, latents: Tensor, progress: running.Progress) -> Tensor:
         ValueError: for latents of another VAE.
         FloatingPointError: where the VAE overflows.
     """
-    factor = factor_of(vae)
     if latents.ndim != 4 or 0 in latents.shape or latents.shape[1] != vae.latent_channels:
         raise ValueError(
             f"the latent has the shape {tuple(latents.shape)}: this VAE takes (batch, {vae.latent_channels}, height, width)"
         )
-    results = []
-    for latent in latents.split(1):
-        if _fits(vae, vae.memory_used_decode(latent.shape, vae.vae_dtype)):
-            running.check_interrupted()
-            results.append(vae.decode(latent).movedim(-1, 1) * 2 - 1)
-            progress.update(tile_count(*latent.shape[2:]))
-        else:
-            _load(vae, vae.memory_used_decode((1, latent.shape[1], TILE, TILE), vae.vae_dtype))
-            results.append(
-                comfy.utils.tiled_scale(
-                    latent,
-                    lambda tile: vae.first_stage_model.decode(_ready(vae, tile)).float(),
-                    tile_x=TILE, tile_y=TILE, overlap=OVERLAP, upscale_amount=factor, out_channels=3,
-                    output_device=vae.output_device, pbar=progress,
-                )
-            )  # fmt: skip
-        if not torch.isfinite(results[-1]).all():
-            raise FloatingPointError("the VAE overflowed: choose vae_precision fp32 in TSD-SR's loader")
-    return torch.cat(results).float()
+    pixels = _run(vae, decoder_program(vae.first_stage_model), latents, progress)
+    if not torch.isfinite(pixels).all():
+        raise FloatingPointError("the VAE overflowed: choose vae_precision fp32 in TSD-SR's loader")
+    return pixels.float()
 
 
-def total(vae: Any, batch: Tensor, padded: tuple[int, int]) -> int:
-    """Progress units for one way through the VAE of a batch whose pictures have ``padded`` pixels."""
-    factor = factor_of(vae)
-    return len(batch) * tile_count(padded[0] // factor, padded[1] // factor)
-
-
-def tile_count(height: int, width: int) -> int:
-    """What one image of ``height`` x ``width`` latent cells counts for in progress, tiled or not."""
-    return comfy.utils.get_tiled_scale_steps(width, height, TILE, TILE, OVERLAP)
-
-
-def _fits(vae: Any, needed: float) -> bool:
+def _run(vae: Any, program: Program, x: Tensor, progress: running.Progress) -> Tensor:
+    x = x.to(vae.output_device, vae.vae_dtype)
     device = vae.patcher.load_device
-    return needed < _HEADROOM * comfy.model_management.get_total_memory(device) and needed < _HEADROOM * _obtainable(device)
+    wanted = _plan(program, x, _obtainable(vae))
+    comfy.model_management.load_models_gpu([vae.patcher], memory_required=wanted.device_bytes)
+    plan = _plan(program, x, running.free_memory(vae.patcher))
+    with _current(device):
+        return run(program, x, plan, device, _affine, _ticker(progress, len(x)), running.release_memory)
 
 
-def _obtainable(device: torch.device) -> float:
-    """Free memory, plus what the host would free by unloading its models."""
-    loaded = sum(
-        model.model_loaded_memory()
-        for model in comfy.model_management.current_loaded_models
-        if model.device == device and model.model is not None  # None: gone, and not yet taken off the host's list
-    )
-    return comfy.model_management.get_free_memory(device) + loaded
+def _plan(program: Program, x: Tensor, free: int | None) -> Plan:
+    return plan_tiles([op.form for op in program], x.shape[2], x.shape[3], x.dtype.itemsize, free)
 
 
-def _load(vae: Any, needed: float) -> None:
-    comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
+def _obtainable(vae: Any) -> int | None:
+    """Memory of the VAE's device but for its weights: the host unloads other models for what it is asked for."""
+    if running.free_memory(vae.patcher) is None:
+        return None
+    total = comfy.model_management.get_total_memory(vae.patcher.load_device)
+    return int(_SHARE * total) - vae.model_size()
 
 
-def _ready(vae: Any, tile: Tensor) -> Tensor:
-    running.check_interrupted()
-    return tile.to(vae.patcher.load_device, vae.vae_dtype)
+def _affine(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a norm on the device and in the type of ``like``, wherever the host keeps them."""
+    weight, bias, stream = comfy.ops.cast_bias_weight(norm, like, offloadable=True)
+    found = weight.clone(), bias.clone()
+    comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+    return found
+
+
+def _ticker(progress: running.Progress, images: int) -> Callable[[int, int], None]:
+    """Counts a run's tiles as ``UNITS`` for each image; Cancel ends the run."""
+    counted = 0
+
+    def tick(done: int, total: int) -> None:
+        nonlocal counted
+        running.check_interrupted()
+        reached = done * UNITS * images // total
+        if reached > counted:
+            progress.update(reached - counted)
+            counted = reached
+
+    return tick
+
+
+def _current(device: torch.device) -> Any:
+    """Makes ``device`` the current one, where the host knows several."""
+    context = getattr(comfy.model_management, "cuda_device_context", None)
+    return contextlib.nullcontext() if context is None else context(device)

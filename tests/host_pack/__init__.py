@@ -1,6 +1,5 @@
 """A second node pack that the tests put into the real host: what no stock node gives them."""
 
-import copy
 import gc
 import json
 import logging
@@ -154,21 +153,6 @@ comfy.model_patcher.ModelPatcher.patch_weight_to_device = say_patch
 comfy.sampler_helpers.estimate_memory = say_estimate
 
 
-class LittleVae:
-    """A VAE that would need more memory than there is, untiled."""
-
-    INPUT_TYPES = classmethod(lambda cls: {"required": {"vae": ("VAE",)}})
-    RETURN_TYPES = ("VAE",)
-    FUNCTION = "make"
-    CATEGORY = "test"
-
-    def make(self, vae):
-        little = copy.copy(vae)
-        little.memory_used_encode = lambda shape, dtype: 1e6 if shape[2] * shape[3] <= 512 * 512 else 1e18
-        little.memory_used_decode = lambda shape, dtype: 1e6 if shape[2] * shape[3] <= 128 * 128 else 1e18
-        return (little,)
-
-
 class Prompt:
     """Conditioning with and without what SD3 needs."""
 
@@ -190,7 +174,6 @@ class Prompt:
 
 
 NODE_CLASS_MAPPINGS = {
-    "TestLittleVae": LittleVae,
     "TestOddImage": OddImage,
     "TestOddLatent": OddLatent,
     "TestWrapped": Wrapped,

@@ -1,0 +1,153 @@
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tsdsr_core.sd3 import VAE_CONFIG
+from tsdsr_core.vae_plan import LEAST_TILE, Form, Region, plan_places, plan_tiles, reading
+from tsdsr_core.vae_program import decoder_program, encoder_program
+
+GB = 10**9
+SAME, POINT = Form("map", 8, 8), Form("map", 8, 8, reach=0)
+UP, DOWN = Form("map", 8, 8, "up"), Form("map", 8, 8, "down")
+
+
+@pytest.fixture(scope="module")
+def sd3():
+    """The passes of SD3's decoder and encoder."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(**VAE_CONFIG)
+    return {half: [op.form for op in program(vae)] for half, program in PROGRAMS.items()}
+
+
+PROGRAMS = {"decoder": decoder_program, "encoder": encoder_program}
+
+
+@pytest.mark.parametrize(
+    ("form", "tile", "size", "area", "skip", "pad"),
+    [
+        (SAME, (0, 0, 10, 10), (10, 10), (0, 0, 10, 10), (0, 0), (0, 0)),
+        (SAME, (0, 4, 4, 8), (10, 10), (0, 3, 5, 9), (0, 1), (0, 0)),
+        (SAME, (8, 8, 10, 10), (10, 10), (7, 7, 10, 10), (1, 1), (0, 0)),
+        (POINT, (4, 4, 8, 8), (10, 10), (4, 4, 8, 8), (0, 0), (0, 0)),
+        (UP, (0, 0, 20, 20), (10, 10), (0, 0, 10, 10), (0, 0), (0, 0)),
+        (UP, (4, 8, 8, 12), (10, 10), (1, 3, 5, 7), (2, 2), (0, 0)),
+        (UP, (5, 7, 9, 20), (10, 10), (1, 2, 6, 10), (3, 3), (0, 0)),
+        (DOWN, (0, 0, 5, 5), (10, 10), (0, 0, 10, 10), (0, 0), (1, 1)),
+        (DOWN, (0, 0, 5, 5), (11, 10), (0, 0, 11, 10), (0, 0), (0, 1)),
+        (DOWN, (2, 1, 4, 3), (11, 11), (4, 2, 9, 7), (0, 0), (0, 0)),
+    ],
+)
+def test_what_a_tile_needs(form, tile, size, area, skip, pad):
+    need = reading(form, Region(*tile), *size)
+    assert (need.area, need.skip, need.pad) == (Region(*area), skip, pad)
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), st.integers(1, 40))
+def test_tiles_cover_a_map_once(height, width, tile_height, tile_width):
+    count = torch.zeros(height, width)
+    for tile in Region(0, 0, height, width).grid(tile_height, tile_width):
+        assert 0 < tile.height <= tile_height
+        assert 0 < tile.width <= tile_width
+        count[tile.top : tile.bottom, tile.left : tile.right] += 1
+    assert (count == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("side", "free", "maps", "keys", "most"),
+    [
+        (512, 2.5, "device", "device", 0.7),
+        (1024, 2.5, "device", "device", 2.0),
+        (2048, 2.5, "host", "device", 1.0),
+        (4096, 2.5, "host", "device", 1.5),
+        (8192, 2.5, "host", "host", 1.0),
+        (2048, 6, "device", "device", 4.8),
+        (4096, 24, "device", "device", 16),
+        (8192, 24, "host", "device", 4),
+        (8192, 80, "device", "device", 56),
+    ],
+)
+def test_places_of_the_maps(sd3, side, free, maps, keys, most):
+    plan = plan_tiles(sd3["decoder"], side // 8, side // 8, 2, int(free * GB))
+    assert (plan.maps, plan.keys, plan.fits) == (maps, keys, True)
+    assert plan.device_bytes <= most * GB
+    assert (plan.host_bytes == 0) == (maps == "device")
+    assert (plan.steps[-1].height, plan.steps[-1].width) == (side, side)
+
+
+@pytest.mark.parametrize(("half", "channels"), [("decoder", 384), ("encoder", 256)])
+def test_the_bars_in_16_bit(sd3, half, channels):
+    """4096^2 in 2.5 GB; from 2048^2 to 8192^2 the device's share grows by 1.2 at most.
+
+    In host memory lie at most x of 256 channels, whose memory the result of 128 takes, and h of 128; 128 each in the encoder.
+    Input and result come on top.
+    """
+    cells = {side: side // 8 if half == "decoder" else side for side in (2048, 4096, 8192)}
+    plans = {side: plan_tiles(sd3[half], cells[side], cells[side], 2, int(2.5 * GB)) for side in cells}
+    assert all(plan.maps == "host" and plan.fits for plan in plans.values())
+    assert plans[4096].device_bytes <= 2.5 * GB
+    assert plans[8192].device_bytes <= 1.2 * plans[2048].device_bytes
+    assert plans[4096].host_bytes == (channels + 3) * 4096**2 * 2 + 16 * 512**2 * 2 * (1 if half == "decoder" else 2)
+
+
+def test_one_tile_where_everything_fits(sd3):
+    plan = plan_tiles(sd3["decoder"], 96, 64, 2, 80 * GB)
+    assert all(step.whole for step in plan.steps)
+    assert plan.tiles == len(plan.steps)
+
+
+def test_tiles_take_about_the_same_memory_at_every_width(sd3):
+    plan = plan_tiles(sd3["decoder"], 1024, 1024, 2, int(2.5 * GB))
+    areas = {step.form.reads: step.tile_height * step.tile_width for step in plan.steps if step.form.kind == "open"}
+    assert areas[128] > 1.5 * areas[256] > 2 * areas[512]
+    assert min(areas.values()) >= 256**2, "the halo of one pixel costs under 2 %"
+
+
+def test_a_strip_gets_long_tiles(sd3):
+    step = plan_tiles(sd3["decoder"], 4, 8192, 2, int(2.5 * GB)).steps[-1]
+    assert step.tile_height == 32
+    assert step.tile_width > 4096
+
+
+def test_no_tile_has_more_elements_than_kernels_can_count(sd3):
+    for step in plan_tiles(sd3["decoder"], 2048, 2048, 2, 10**13).steps:
+        assert max(step.form.reads, step.form.writes) * step.tile_height * step.tile_width < 2**31
+
+
+def test_the_cpu_tiles_too(sd3):
+    plan = plan_tiles(sd3["decoder"], 128, 128, 4)
+    assert (plan.maps, plan.keys) == ("device", "device")
+    assert max(step.tile_height for step in plan.steps) <= 512
+
+
+@pytest.mark.parametrize("tile", [LEAST_TILE, 20, 100, 5000])
+@pytest.mark.parametrize("free", [None, 10 * GB])
+def test_the_user_chooses_the_tile(sd3, tile, free):
+    for step in plan_tiles(sd3["encoder"], 520, 1000, 2, free, tile).steps:
+        assert step.tile_height <= tile
+        assert step.tile_width <= tile
+        assert step.whole == (max(step.height, step.width) <= tile)
+
+
+def test_too_little_memory_still_gives_a_plan(sd3):
+    plan = plan_tiles(sd3["decoder"], 512, 512, 2, 1000)
+    assert (plan.maps, plan.keys, plan.fits) == ("host", "host", False)
+    assert {step.tile_height for step in plan.steps} == {LEAST_TILE}
+
+
+def test_given_places_are_kept(sd3):
+    plan = plan_places(sd3["decoder"], 64, 64, 2, 80 * GB, None, "host", "host")
+    assert (plan.maps, plan.keys) == ("host", "host")
+    assert plan.device_bytes < GB
+
+
+@pytest.mark.parametrize("tile", [0, -16, LEAST_TILE - 1])
+def test_impossible_tiles_are_named(sd3, tile):
+    with pytest.raises(ValueError, match=f"VAE tile {tile}: expected at least {LEAST_TILE}"):
+        plan_tiles(sd3["decoder"], 8, 8, 2, None, tile)
+
+
+def test_a_picture_of_which_nothing_is_left_is_named(sd3):
+    with pytest.raises(ValueError, match="a picture of 40x7 is too small"):
+        plan_tiles(sd3["encoder"], 7, 40, 2)

@@ -1,0 +1,296 @@
+"""Where the maps of a tiled VAE live and how large its tiles are: whole numbers only, so that a table can check it.
+
+A pass runs one convolution (or one half of the attention) over the whole picture, tile by tile. It reads one map, the
+full activation before it, and writes another.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Place = Literal["device", "host"]
+
+LEAST_TILE = 16
+"""Side in pixels of a map; below it nearly all work goes into the halo."""
+KEY_TILE = 64
+"""Side of the tiles in which attention reads keys and values that lie in host memory."""
+_TILE_BYTES = 512 * 2**20
+"""Working set of one tile on a device: beyond it the halo costs under 1 % and larger tiles gain nothing."""
+_WHOLE_BYTES = 2 * 2**30
+"""On a device a map is one tile up to this working set; beyond it tiles cost no time and take less."""
+_CPU_TILE_BYTES = 64 * 2**20
+"""On the CPU: tensors of such tiles come from memory that the allocator keeps, so that no pages need be made anew."""
+_LEAST_SHARE = 128 * 2**20
+"""Room for a tile that must be left beside the maps, or the maps go to host memory."""
+_HEADROOM = 0.8
+"""Share of the free memory that is planned with; the rest is for the workspaces of the convolutions."""
+_MOST_ELEMENTS = 2**31 - 1
+"""Kernels count the elements of a tile in 32 bits."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One pass as numbers."""
+
+    kind: Literal["map", "open", "close", "keys", "queries"]
+    """map: x becomes the result. open: the result becomes h, beside x. close: h becomes the result, added to x.
+    keys: keys and values of x. queries: what those say to each pixel, added to x."""
+    reads: int
+    """Channels of the input."""
+    writes: int
+    """Channels of the result."""
+    rescale: Literal["same", "up", "down"] = "same"
+    """up: the input is doubled before the convolution. down: the convolution has stride 2."""
+    reach: int = 1
+    """Pixels that the convolution sees around its own: 1 for 3x3, 0 for 1x1."""
+    normed: bool = False
+    """The input is normalised while it is read."""
+    measured: bool = False
+    """The result will be normalised: mean and variance are taken while it is written."""
+    adds: int = 0
+    """close: channels of x; where they are not those of the result, x goes through a convolution of its own."""
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the result for those of the input."""
+        if self.rescale == "up":
+            return 2 * height, 2 * width
+        return (height // 2, width // 2) if self.rescale == "down" else (height, width)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of a map."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    def grid(self, tile_height: int, tile_width: int) -> tuple[Region, ...]:
+        """Disjoint tiles of ``tile_height`` x ``tile_width``, row by row; the last of each row and column may be smaller."""
+        rows, columns = _cuts(self.top, self.bottom, tile_height), _cuts(self.left, self.right, tile_width)
+        return tuple(Region(a, c, b, d) for a, b in rows for c, d in columns)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a tile of a pass's result needs of the map that the pass reads."""
+
+    area: Region
+    skip: tuple[int, int]
+    """Rows and columns that the convolution gives before the tile, for want of neighbours there."""
+    pad: tuple[int, int]
+    """Rows and columns of zeros beyond the picture that a convolution of stride 2 takes."""
+
+
+def reading(form: Form, tile: Region, height: int, width: int) -> Reading:
+    """The part of a ``height`` x ``width`` map that ``tile`` of the result needs; nothing beyond the picture's borders.
+
+    At a border the area ends and the convolution's own zeros follow, as they do for the whole picture.
+    """
+    top, bottom, skip_rows, pad_rows = _span(form, tile.top, tile.bottom, height)
+    left, right, skip_columns, pad_columns = _span(form, tile.left, tile.right, width)
+    return Reading(Region(top, left, bottom, right), (skip_rows, skip_columns), (pad_rows, pad_columns))
+
+
+def _span(form: Form, start: int, end: int, length: int) -> tuple[int, int, int, int]:
+    if form.rescale == "down":  # kernel 3, stride 2, one zero after the last pixel
+        return 2 * start, min(length, 2 * end + 1), 0, max(0, 2 * end + 1 - length)
+    if form.rescale == "up":
+        first = max(0, start // 2 - 1)
+        return first, min(length, -(-end // 2) + 1), start - 2 * first, 0
+    first = max(0, start - form.reach)
+    return first, min(length, end + form.reach), start - first, 0
+
+
+def _cuts(start: int, end: int, tile: int) -> list[tuple[int, int]]:
+    return list(itertools.pairwise([*range(start, end, tile), end]))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass: the size of its result and of its tiles, in pixels of the result."""
+
+    form: Form
+    height: int
+    width: int
+    tile_height: int
+    tile_width: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether one tile is the whole map."""
+        return (self.tile_height, self.tile_width) == (self.height, self.width)
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        return Region(0, 0, self.height, self.width).grid(self.tile_height, self.tile_width)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one picture goes through a program."""
+
+    height: int
+    width: int
+    maps: Place
+    keys: Place
+    """Where keys and values of the attention lie; from host memory they are read in tiles, for each tile of queries."""
+    steps: tuple[Step, ...]
+    device_bytes: int
+    """The most that maps and tiles take on the device, without weights and the workspaces of single kernels."""
+    host_bytes: int
+    """The most that maps take in host memory; 0 where they live on the device."""
+    fits: bool
+    """Whether that is within the free memory."""
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles over all passes."""
+        return sum(len(step.regions) for step in self.steps)
+
+
+def plan_tiles(
+    forms: Sequence[Form], height: int, width: int, itemsize: int, free: int | None = None, tile: int | None = None
+) -> Plan:
+    """Choose the place of the maps and the tiles of each pass for one picture.
+
+    Args:
+        height, width: of what goes in: latent cells for a decoder, pixels for an encoder.
+        itemsize: bytes of one value.
+        free: bytes that maps and tiles may take on the device; None where there is no limit of a device, as on the CPU.
+        tile: greatest side of any tile, in pixels of the map that it is part of; None for what suits the memory.
+
+    Raises:
+        ValueError: for an impossible tile, or a picture of which the program leaves nothing.
+    """
+    if tile is not None and tile < LEAST_TILE:
+        raise ValueError(f"VAE tile {tile}: expected at least {LEAST_TILE} pixels")
+    plan = plan_places(forms, height, width, itemsize, free, tile, "device", "device")
+    if not plan.fits:
+        plan = plan_places(forms, height, width, itemsize, free, tile, "host", "device")
+    return plan if plan.fits else plan_places(forms, height, width, itemsize, free, tile, "host", "host")
+
+
+def plan_places(
+    forms: Sequence[Form], height: int, width: int, itemsize: int, free: int | None, tile: int | None, maps: Place, keys: Place
+) -> Plan:  # fmt: skip
+    """``plan_tiles`` for given places; counts the maps that live during each pass, as ``vae_tiled`` makes and drops them."""
+    usable = None if free is None else int(free * _HEADROOM)
+    sizes = list(itertools.accumulate(forms, lambda size, form: form.size(*size), initial=(height, width)))
+    if min(min(size) for size in sizes) < 1:
+        raise ValueError(f"a picture of {width}x{height} is too small for this VAE")
+    ends = forms[0].reads * height * width + forms[-1].writes * sizes[-1][0] * sizes[-1][1]  # values of input and result
+    x, h, pair = forms[0].reads, 0, 0  # x, h: channels of the maps; pair: bytes of keys and values
+    steps: list[Step] = []
+    peaks, fits = {"device": 0, "host": 0}, True
+    for form, before, size in zip(forms, sizes, sizes[1:], strict=False):
+        if form.kind == "keys":
+            pair = 2 * form.writes * size[0] * size[1] * itemsize
+        in_place = form.kind in ("keys", "queries") or (form.kind == "close" and form.writes <= x)
+        target = 0 if in_place else form.writes * size[0] * size[1] * itemsize
+        held = {"device": 0, "host": 0}
+        held[maps] += (ends + (x + h) * before[0] * before[1]) * itemsize + target
+        held[keys] += pair
+
+        def bytes_of(tile_height: int, tile_width: int, form: Form = form) -> int:
+            return tile_bytes(form, tile_height, tile_width, itemsize, maps, keys)
+
+        left = None if usable is None else usable - held["device"]
+        step = Step(form, *size, *_tile_size(form, size, left, maps, bytes_of, tile))
+        steps.append(step)
+        adopted = step.whole and maps == "device" and form.kind in ("map", "open", "close")  # the tile becomes the map
+        working_set = bytes_of(step.tile_height, step.tile_width) - target * adopted
+        if left is not None:
+            cramped = maps == "device" and tile is None and not step.whole and left < _LEAST_SHARE
+            fits = fits and working_set <= left and not cramped
+        peaks = {place: max(peaks[place], held[place] + working_set * (place == "device")) for place in peaks}
+        if form.kind == "open":
+            h = form.writes
+        elif form.kind in ("map", "close"):
+            x, h = x if in_place and not adopted else form.writes, 0
+        elif form.kind == "queries":
+            pair = 0
+    return Plan(height, width, maps, keys, tuple(steps), peaks["device"], peaks["host"], fits)
+
+
+def _tile_size(
+    form: Form, size: tuple[int, int], left: int | None, maps: Place, bytes_of: Callable[[int, int], int], tile: int | None
+) -> tuple[int, int]:
+    """Height and width of the largest tiles that keep within ``left`` bytes, or of the wanted ones."""
+
+    def possible(tile_height: int, tile_width: int, budget: int) -> bool:
+        scale = 2 if form.rescale == "down" else 1
+        elements = max(form.reads * scale**2, form.writes) * (tile_height + 4) * (tile_width + 4)
+        return bytes_of(tile_height, tile_width) <= budget and elements <= _MOST_ELEMENTS
+
+    side = tile
+    if side is None:
+        if left is not None and maps == "device" and possible(*size, min(left, _WHOLE_BYTES)):
+            return size
+        budget = _CPU_TILE_BYTES if left is None else min(left, _TILE_BYTES)
+        side = LEAST_TILE
+        while side < max(size) and possible(min(side + 16, size[0]), min(side + 16, size[1]), budget):
+            side += 16
+    height, width = (_even_side(length, side) for length in size)
+    return height, width
+
+
+def _even_side(length: int, side: int) -> int:
+    """The side for as many tiles as ``side`` asks for, but of about equal size; few sizes in all, since kernels are chosen
+    for each.
+    """
+    count = -(-length // side)
+    return length if count == 1 else min(side, -(-length // count // 8) * 8)
+
+
+def tile_bytes(form: Form, tile_height: int, tile_width: int, itemsize: int, maps: Place, keys: Place) -> int:
+    """The most that one tile of a pass takes on the device beside the maps that live there."""
+    area = tile_height * tile_width
+    wide = max(4, itemsize)  # statistics and normalisation are in fp32
+    if form.rescale == "up":
+        read, seen = (tile_height // 2 + 3) * (tile_width // 2 + 3), (tile_height + 6) * (tile_width + 6)
+    elif form.rescale == "down":
+        read = seen = (2 * tile_height + 1) * (2 * tile_width + 1)
+    else:
+        read = seen = (tile_height + 2 * form.reach) * (tile_width + 2 * form.reach)
+    given = area if form.rescale == "down" else seen
+    moved = form.reads * read * itemsize if maps == "host" else 0
+    ready = form.reads * seen * itemsize
+    normal = form.reads * read * wide if form.normed and wide > itemsize else 0
+    added = form.adds * area * itemsize
+    own = form.writes * area * itemsize * (form.adds not in (0, form.writes))
+    if form.kind in ("keys", "queries"):
+        return _attention_bytes(form, area, itemsize, maps, keys)
+    result, returned = form.writes * given * itemsize, form.writes * area * itemsize
+    peak = max(moved + normal + ready, ready + result, result + added + own, result + form.writes * area * wide * form.measured)
+    if maps == "host":  # beside them lie two inputs of other tiles, and a result on its way back
+        peak = max(peak, result + returned) + 2 * max(moved, added) + returned
+    return peak
+
+
+def _attention_bytes(form: Form, area: int, itemsize: int, maps: Place, keys: Place) -> int:
+    wide = max(4, itemsize)
+    one = form.reads * area  # every tensor here has as many channels
+    normal = wide if wide > itemsize else 0
+    moved = itemsize * (maps == "host")
+    if form.kind == "keys":
+        return one * (max(moved + normal + itemsize, 3 * itemsize) + (2 + 2) * moved)
+    if keys == "device":
+        peak = one * max(itemsize + normal, 3 * itemsize, 2 * itemsize + form.measured * wide)
+    else:
+        tokens = KEY_TILE**2
+        pair = 2 * form.reads * tokens * (2 * itemsize + wide)  # as they come, and in fp32
+        peak = one * (itemsize + 3 * wide) + 2 * area * tokens * wide + pair
+    return peak + one * (1 + 2 + 1) * moved

@@ -215,9 +215,9 @@ def test_progress_counts_the_tiles_of_all_stages(page, host):
     assert run_in_page(page, host).status == "success"
     found = progress_of(page)
     values = [value for value, _ in found]
-    assert {total for _, total in found} == {9 + 2}, "3x3 tiles, and one each to encode and decode"
+    assert {total for _, total in found} == {9 + 2 * 16}, "3x3 tiles, and 16 each to encode and decode"
     assert values == sorted(values)
-    assert values[-1] == 11
+    assert values[-1] == 41
     assert len(set(values)) >= 5, "the page sees it move; messages that come too fast are dropped"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from .host import Graph
-from .host_graphs import TILES, builtin_graph, load_sd3
+from .host_graphs import BUILTIN, TILES, builtin_graph, load_sd3
 
 
 def through_a_wrapper(graph: Graph, **settings) -> None:
@@ -63,6 +63,27 @@ def test_cancel_takes_effect_within_one_batch_of_tiles(host):
     assert reached < 40, "the run was over before it could be cancelled: it has 50 batches"
     graph, _ = builtin_graph(strength=0.8)
     assert host.run(graph).status == "success"
+
+
+@pytest.mark.parametrize("stage", ["TSDSREncode", "TSDSRDecode"])
+def test_cancel_takes_effect_within_the_vae_too(stage, host):
+    """Between its tiles; a whole pass over this picture takes many seconds."""
+    graph = Graph()
+    loader = graph.add("TSDSRLoadCheckpoint", checkpoint=BUILTIN, vae_precision="auto")
+    if stage == "TSDSREncode":
+        image = graph.add("EmptyImage", width=3072, height=3072, batch_size=1, color=time.monotonic_ns() % 2**24)
+        result = graph.add(stage, image=(image, 0), vae=(loader, 1))
+    else:
+        latent = graph.add("EmptySD3LatentImage", width=6144, height=6144, batch_size=1)
+        result = graph.add(stage, latent=(latent, 0), vae=(loader, 1))
+    graph.add("PreviewAny", source=(result, 0))
+    prompt = host.start(graph)
+    time.sleep(2)
+    assert host.get("/queue")["queue_running"], "the run was over before it could be cancelled"
+    start = time.monotonic()
+    host.post("/interrupt", {})
+    assert host.wait(prompt).status == "interrupted"
+    assert time.monotonic() - start < 3
 
 
 def census(host) -> dict[str, int]:

@@ -122,6 +122,14 @@ def a_result_too_large(host, sd3, graph):
     return "the result would be 20480x16384 pixels"
 
 
+def a_latent_beyond_the_memory(host, sd3, graph):
+    loader = graph.add("TSDSRLoadCheckpoint", checkpoint=BUILTIN, vae_precision="auto")
+    latent = graph.add("EmptySD3LatentImage", width=16384, height=16384, batch_size=1)
+    decoded = graph.add("TSDSRDecode", latent=(latent, 0), vae=(loader, 1))
+    graph.add("PreviewImage", images=(decoded, 0))
+    return "GB are free: choose a smaller size"
+
+
 def sampled(graph, **inputs):
     """The sampler's way, with other inputs."""
     loader = graph.add("TSDSRLoadCheckpoint", checkpoint=BUILTIN, vae_precision="auto")
@@ -211,7 +219,7 @@ CASES = [
     odd_prompt("no pooled output", "no pooled output, which SD3 needs"), odd_prompt("area", "'area'"),
     odd_prompt("nothing", "the conditioning is empty"), prompt_of_another_model, prompt_that_begins_later,
     another_prompt_for_a_folded_model, a_folded_model_saved_again,
-    latent_of_another_vae, a_result_too_large, prompt_with_an_area_for_the_sampler,
+    latent_of_another_vae, a_result_too_large, a_latent_beyond_the_memory, prompt_with_an_area_for_the_sampler,
 ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ _CPU_TILE_BYTES = 64 * 2**20
 """On the CPU: tensors of such tiles come from memory that the allocator keeps, so that no pages need be made anew."""
 _LEAST_SHARE = 128 * 2**20
 """Room for a tile that must be left beside the maps, or the maps go to host memory."""
-_HEADROOM = 0.8
+HEADROOM = 0.8
 """Share of the free memory that is planned with; the rest is for the workspaces of the convolutions."""
 _MOST_ELEMENTS = 2**31 - 1
 """Kernels count the elements of a tile in 32 bits."""
@@ -187,7 +187,7 @@ def plan_places(
     forms: Sequence[Form], height: int, width: int, itemsize: int, free: int | None, tile: int | None, maps: Place, keys: Place
 ) -> Plan:  # fmt: skip
     """``plan_tiles`` for given places; counts the maps that live during each pass, as ``vae_tiled`` makes and drops them."""
-    usable = None if free is None else int(free * _HEADROOM)
+    usable = None if free is None else int(free * HEADROOM)
     sizes = list(itertools.accumulate(forms, lambda size, form: form.size(*size), initial=(height, width)))
     if min(min(size) for size in sizes) < 1:
         raise ValueError(f"a picture of {width}x{height} is too small for this VAE")
@@ -248,9 +248,7 @@ def _tile_size(
 
 
 def _even_side(length: int, side: int) -> int:
-    """The side for as many tiles as ``side`` asks for, but of about equal size; few sizes in all, since kernels are chosen
-    for each.
-    """
+    """At most ``side``, for as many tiles, but about equal ones; few sizes, since kernels are set up for each."""
     count = -(-length // side)
     return length if count == 1 else min(side, -(-length // count // 8) * 8)
 

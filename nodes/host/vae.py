@@ -11,7 +11,7 @@ import comfy.ops
 import torch
 from torch import Tensor
 
-from ...tsdsr_core.vae_plan import Plan, plan_tiles
+from ...tsdsr_core.vae_plan import HEADROOM, Plan, plan_tiles
 from ...tsdsr_core.vae_program import Program, decoder_program, encoder_program
 from ...tsdsr_core.vae_tiled import run
 from . import running
@@ -54,8 +54,9 @@ def _run(vae: Any, program: Program, x: Tensor, progress: running.Progress) -> T
     x = x.to(vae.output_device, vae.vae_dtype)
     device = vae.patcher.load_device
     wanted = _plan(program, x, _obtainable(vae))
-    comfy.model_management.load_models_gpu([vae.patcher], memory_required=wanted.device_bytes)
+    comfy.model_management.load_models_gpu([vae.patcher], memory_required=wanted.device_bytes / HEADROOM)
     plan = _plan(program, x, running.free_memory(vae.patcher))
+    _check_ram(plan, device)
     with _current(device):
         return run(program, x, plan, device, _affine, _ticker(progress, len(x)), running.release_memory)
 
@@ -70,6 +71,17 @@ def _obtainable(vae: Any) -> int | None:
         return None
     total = comfy.model_management.get_total_memory(vae.patcher.load_device)
     return int(_SHARE * total) - vae.model_size()
+
+
+def _check_ram(plan: Plan, device: torch.device) -> None:
+    """Raise ``MemoryError`` where the maps do not fit into host memory, before the system ends the program for it."""
+    needed = plan.device_bytes if device.type == "cpu" else plan.host_bytes
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    if needed > free:
+        raise MemoryError(
+            f"the VAE needs {needed / 1e9:.1f} GB of memory for a picture of this size, {free / 1e9:.1f} GB are free: choose a "
+            "smaller size, or close other programs"
+        )
 
 
 def _affine(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,109 @@
+"""Decode one latent untiled, with the exact tiled VAE and with diffusers' tiling: error, time and a picture of the errors.
+
+    python docs/vae_side_by_side.py --side 512 --tile 256 --picture docs/images/vae_errors.png
+
+Random weights at the widths of SD3's autoencoder; each decoder runs in turn, the fastest run counts. ``--plans`` prints
+what the exact one plans for larger pictures in 16 bit, without running it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from tsdsr_core.sd3 import VAE_CONFIG
+from tsdsr_core.vae_plan import plan_tiles
+from tsdsr_core.vae_program import decoder_program
+from tsdsr_core.vae_tiled import run
+
+CPU = torch.device("cpu")
+FREE = 2.5e9
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=512, help="of the picture")
+    parser.add_argument("--tile", type=int, default=256, help="side of the tiles in pixels, for both tiled decoders")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--plans", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**VAE_CONFIG).eval().requires_grad_(False)
+    if options.plans:
+        plans(vae)
+        return
+    latent = torch.randn(1, 16, options.side // 8, options.side // 8)
+    decoders: dict[str, Callable[[Tensor], Tensor]] = {
+        "untiled": lambda z: vae.decode(z, return_dict=False)[0],
+        "exact": lambda z: exact(vae, z, None),
+        f"exact, tile {options.tile}": lambda z: exact(vae, z, options.tile),
+        "diffusers tiling": lambda z: tiled(vae, z, options.tile),
+    }
+    results, seconds = {}, {name: [] for name in decoders}
+    for _ in range(options.repeats):
+        for name, decode in decoders.items():
+            start = time.perf_counter()
+            results[name] = decode(latent)
+            seconds[name].append(time.perf_counter() - start)
+    whole = results["untiled"]
+    for name, result in results.items():
+        error = (result - whole).abs()
+        relative = error.max() / whole.abs().max()
+        print(f"{name:20} {min(seconds[name]):7.2f} s  {min(seconds[name]) / min(seconds['untiled']):5.2f} x untiled  "
+              f"greatest error {relative:.1e}, mean {error.mean() / whole.abs().mean():.1e}")  # fmt: skip
+    if options.picture:
+        draw(results, whole, options.picture)
+
+
+def exact(vae: AutoencoderKL, z: Tensor, tile: int | None) -> Tensor:
+    """This project's decoder."""
+    program = decoder_program(vae)
+    return run(program, z, plan_tiles([op.form for op in program], *z.shape[2:], z.itemsize, None, tile), CPU)
+
+
+def tiled(vae: AutoencoderKL, z: Tensor, tile: int) -> Tensor:
+    """diffusers' own tiles, which overlap by a quarter and are blended."""
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // 8
+    try:
+        return vae.decode(z, return_dict=False)[0]
+    finally:
+        vae.disable_tiling()
+
+
+def draw(results: dict[str, Tensor], whole: Tensor, path: Path) -> None:
+    """The untiled picture and the errors of the others, where white is a tenth of its range."""
+    panels = []
+    for name, result in results.items():
+        shown = whole / whole.abs().max() / 2 + 0.5 if name == "untiled" else 10 * (result - whole).abs() / whole.abs().max()
+        panel = Image.fromarray((shown[0].clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()).resize((384, 384))
+        ImageDraw.Draw(panel).text(
+            (8, 6), name, font=ImageFont.load_default(20), fill="white", stroke_width=2, stroke_fill="black"
+        )
+        panels.append(panel)
+    sheet = Image.new("RGB", (392 * len(panels) - 8, 384), "white")
+    for index, panel in enumerate(panels):
+        sheet.paste(panel, (392 * index, 0))
+    sheet.save(path)
+
+
+def plans(vae: AutoencoderKL) -> None:
+    """Where the maps lie and what they take, in 16 bit with 2.5 GB free on the device."""
+    forms = [op.form for op in decoder_program(vae)]
+    for side in (512, 1024, 2048, 4096, 8192):
+        plan = plan_tiles(forms, side // 8, side // 8, 2, int(FREE))
+        print(f"{side}: maps on the {plan.maps}, keys on the {plan.keys}, device {plan.device_bytes / 1e9:.2f} GB, "
+              f"host {plan.host_bytes / 1e9:.1f} GB, {plan.tiles} tiles")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -313,12 +313,12 @@ def test_a_vae_in_bf16_is_made_finer_for_the_lora(host, sd3):
     assert "start it with --fp16-vae" in host.log.read_text()
 
 
-def under_prompt(graph: Graph, lora: str, conditioning: str) -> str:
-    """One step on a small latent; the node that saves it."""
+def under_prompt(graph: Graph, lora: str, conditioning: str, name: str) -> str:
+    """One step on a small latent; the node that saves it under ``name``, which no other test uses."""
     latent = graph.add("TestOddLatent", channels=16)
     step = graph.add("TSDSROneStep", model=(lora, 0), conditioning=(conditioning, 0), latent=(latent, 0), strength=1.0, **TILES)
     decoded = graph.add("TSDSRDecode", latent=(step, 0), vae=(lora, 1))
-    return graph.add("SaveImage", images=(decoded, 0), filename_prefix="prompt")
+    return graph.add("SaveImage", images=(decoded, 0), filename_prefix=name)
 
 
 def test_stock_text_encoding_works_in_place_of_the_prompt(host, sd3):
@@ -326,7 +326,7 @@ def test_stock_text_encoding_works_in_place_of_the_prompt(host, sd3):
     loader = graph.add("CheckpointLoaderSimple", ckpt_name="sd3_medium_incl_clips.safetensors")
     text = graph.add("CLIPTextEncode", clip=(loader, 1), text="a photograph of a lighthouse, sharp")
     lora, prompt = load_sd3(graph)
-    saves = [under_prompt(graph, lora, conditioning) for conditioning in (text, prompt)]
+    saves = [under_prompt(graph, lora, conditioning, "text") for conditioning in (text, prompt)]
     result = host.run(graph)
     assert result.status == "success", result.error
     text, own = (result.pictures(save)[0].astype(int) for save in saves)
@@ -340,7 +340,7 @@ def test_the_prompt_may_be_one_safetensors_file(host, sd3):
     graph = Graph()
     lora, pair = load_sd3(graph)
     single = graph.add("TSDSRLoadPrompt", prompt="one.safetensors")
-    saves = [under_prompt(graph, lora, conditioning) for conditioning in (single, pair)]
+    saves = [under_prompt(graph, lora, conditioning, "single") for conditioning in (single, pair)]
     result = host.run(graph)
     assert result.status == "success", result.error
     assert np.array_equal(*(result.pictures(save)[0] for save in saves))

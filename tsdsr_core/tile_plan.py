@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, replace
 
 TILE = 64
@@ -78,13 +77,12 @@ def even_tiles(height: int, width: int, settings: TileSettings) -> TilePlan:
     if not needs_tiles(height, width, settings):
         return TilePlan(height, width, height, width, (0,), (0,))
 
-    def cost(tile: tuple[int, int]) -> int:
-        tokens = tile[0] * tile[1] // settings.multiple**2 + _PROMPT_TOKENS
-        counts = (len(_even_offsets(*pair, settings)) for pair in zip((height, width), tile, strict=True))
-        return math.prod(counts) * tokens
+    def cost(pair: tuple[tuple[int, int], tuple[int, int]]) -> int:
+        (tile_height, rows), (tile_width, columns) = pair
+        return rows * columns * (tile_height * tile_width // settings.multiple**2 + _PROMPT_TOKENS)
 
-    sides = itertools.product(_possible_sides(height, settings), _possible_sides(width, settings))
-    tile_height, tile_width = min(sides, key=cost)
+    choices = itertools.product(_side_counts(height, settings), _side_counts(width, settings))
+    (tile_height, _), (tile_width, _) = min(choices, key=cost)
     tops = _even_offsets(height, tile_height, settings)
     lefts = _even_offsets(width, tile_width, settings)
     return TilePlan(height, width, tile_height, tile_width, tops, lefts)
@@ -110,16 +108,14 @@ def official_tiles(height: int, width: int, settings: TileSettings) -> TilePlan:
     return TilePlan(height, width, tile_height, tile_width, tops, lefts)
 
 
-def _possible_sides(length: int, settings: TileSettings) -> list[int]:
-    """The tile's side, and for each smaller count of tiles the shortest side with which that many cover ``length``."""
-    side, unit = min(settings.tile, length), settings.multiple
+def _side_counts(length: int, settings: TileSettings) -> list[tuple[int, int]]:
+    """(side, count) of the tiles that can cover ``length``: the wanted side, and the longer ones that need fewer."""
+    wanted = min(settings.tile, length)
     most = min(settings.tile + settings.stretch, length, settings.longest_side or length)
-    sides = [side]
-    for count in range(1, len(_even_offsets(length, side, settings))):
-        needed = -(-(length + (count - 1) * settings.overlap) // (count * unit)) * unit
-        if side < needed <= most:
-            sides.append(needed)
-    return sides
+    counts: dict[int, int] = {}  # by count; the shortest side that does
+    for side in range(wanted, most + 1, settings.multiple):
+        counts.setdefault(1 if side == length else -(-(length - side) // (side - settings.overlap)) + 1, side)
+    return [(side, count) for count, side in counts.items()]
 
 
 def _even_offsets(length: int, tile: int, settings: TileSettings) -> tuple[int, ...]:

@@ -93,17 +93,21 @@ def test_sd3_with_loras_gives_what_the_core_gives(way, modular, expected):
     assert differs(result.pictures(saves[way])[0], expected) <= 1
 
 
+def stages(graph: Graph, model: tuple, vae: tuple, conditioning: tuple, name: str) -> str:
+    """Encode, one step, decode and colour fix at the photo's own size; the node that saves it."""
+    image = graph.add("LoadImage", image="photo.png")
+    latent = graph.add("TSDSREncode", image=(image, 0), vae=vae)
+    step = graph.add("TSDSROneStep", model=model, conditioning=conditioning, latent=(latent, 0), strength=1.0, **TILES)
+    decoded = graph.add("TSDSRDecode", latent=(step, 0), vae=vae)
+    levels = {"color_fix.wavelet_levels": 5}
+    fixed = graph.add("TSDSRColorFix", image=(decoded, 0), reference=(image, 0), color_fix="wavelet", **levels)
+    return graph.add("SaveImage", images=(fixed, 0), filename_prefix=name)
+
+
 def test_the_vae_changes_its_type_for_the_lora(host, sd3, expected):
     graph = Graph()
-    image = graph.add("LoadImage", image="photo.png")
     lora, prompt = load_sd3(graph, vae_precision="fp16")
-    latent = graph.add("TSDSREncode", image=(image, 0), vae=(lora, 1))
-    step = graph.add("TSDSROneStep", model=(lora, 0), conditioning=(prompt, 0), latent=(latent, 0), strength=1.0, **TILES)
-    decoded = graph.add("TSDSRDecode", latent=(step, 0), vae=(lora, 1))
-    fixed = graph.add(
-        "TSDSRColorFix", image=(decoded, 0), reference=(image, 0), color_fix="wavelet", **{"color_fix.wavelet_levels": 5}
-    )
-    save = graph.add("SaveImage", images=(fixed, 0), filename_prefix="fp16")
+    save = stages(graph, (lora, 0), (lora, 1), (prompt, 0), "fp16")
     result = host.run(graph)
     assert result.status == "success", result.error
     found = result.pictures(save)[0].astype(float)
@@ -273,15 +277,8 @@ def test_the_plain_model_and_vae_stay_as_they_are(host, sd3):
 def test_a_saved_checkpoint_runs_natively(modular, expected, host):
     _, _, path = modular
     graph = Graph()
-    image = graph.add("LoadImage", image="photo.png")
     loader = graph.add("TSDSRLoadCheckpoint", checkpoint=path.name, vae_precision="auto")
-    latent = graph.add("TSDSREncode", image=(image, 0), vae=(loader, 1))
-    step = graph.add("TSDSROneStep", model=(loader, 0), conditioning=(loader, 2), latent=(latent, 0), strength=1.0, **TILES)
-    decoded = graph.add("TSDSRDecode", latent=(step, 0), vae=(loader, 1))
-    fixed = graph.add(
-        "TSDSRColorFix", image=(decoded, 0), reference=(image, 0), color_fix="wavelet", **{"color_fix.wavelet_levels": 5}
-    )
-    save = graph.add("SaveImage", images=(fixed, 0), filename_prefix="saved")
+    save = stages(graph, (loader, 0), (loader, 1), (loader, 2), "saved")
     result = host.run(graph)
     assert result.status == "success", result.error
     assert differs(result.pictures(save)[0], expected) <= 1

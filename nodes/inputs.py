@@ -11,6 +11,7 @@ from torch import Tensor
 from ..tsdsr_core.colour import METHODS, WAVELET_LEVELS
 from ..tsdsr_core.memory import TILE_SIDES
 from ..tsdsr_core.tile_plan import OVERLAP, TILE
+from ..tsdsr_core.vae_plan import check_tile
 from .host import running
 from .host.sampling import StepSettings
 from .host.schema import field
@@ -51,6 +52,32 @@ def tiling() -> list[Any]:
             tooltip="Tiles that run at once. 0 takes as many as fit into free memory.",
         ),
     ]  # fmt: skip
+
+
+def vae_tile() -> Any:
+    """Side of the VAE's tiles; optional, since saved workflows may not have it."""
+    return field(
+        io.Int, "vae_tile", default=0, min=0, max=8192, step=16, optional=True, advanced=True,
+        tooltip="Greatest side of the VAE's tiles in pixels; the result is the same. 0 takes what suits the memory.",
+    )  # fmt: skip
+
+
+def prompt_tokens() -> Any:
+    """How many tokens of the prompt to keep; optional, since saved workflows may not have it."""
+    return field(
+        io.Int, "prompt_tokens", default=0, min=0, max=4096, optional=True, advanced=True,
+        tooltip="Keeps only so many of the prompt's tokens, those that differ most: quicker, not as published. 0 keeps all.",
+    )  # fmt: skip
+
+
+def vae_side(vae_tile: int) -> int | None:
+    """The checked side of VAE tiles for the core.
+
+    Raises:
+        ValueError: for one that is too small.
+    """
+    check_tile(vae_tile or None)
+    return vae_tile or None
 
 
 def colour_fix(source: str, levels: int = WAVELET_LEVELS, automatic: str = "") -> Any:

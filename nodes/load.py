@@ -95,20 +95,22 @@ class LoadPrompt(io.ComfyNode):
                     io.Combo, "prompt", options=names, default=_likely(names, TOKENS_FILE),
                     tooltip=f"{TOKENS_FILE} with {POOLED_FILE} beside it, or one safetensors file; in models/tsdsr or "
                     "models/embeddings.",
-                )
+                ),
+                inputs.prompt_tokens(),
             ],
             outputs=[io.Conditioning.Output()],
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, prompt: str | None) -> Any:
+    def fingerprint_inputs(cls, prompt: str | None, **others: Any) -> Any:
         pooled = prompt and prompt.removesuffix(TOKENS_FILE) + POOLED_FILE
         return files.state(_PROMPTS, prompt), files.state(_PROMPTS, pooled)
 
     @classmethod
-    def execute(cls, prompt: str) -> io.NodeOutput:
+    def execute(cls, prompt: str, prompt_tokens: int = 0) -> io.NodeOutput:
         path = files.find(_PROMPTS, prompt)
-        return io.NodeOutput(models.to_conditioning(load_prompt(path.parent if path.suffix == ".pt" else path)))
+        embeds = load_prompt(path.parent if path.suffix == ".pt" else path)
+        return io.NodeOutput(models.to_conditioning(embeds.pruned(prompt_tokens) if prompt_tokens else embeds))
 
 
 class LoadCheckpoint(io.ComfyNode):

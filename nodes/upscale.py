@@ -57,6 +57,7 @@ class Upscale(io.ComfyNode):
                 inputs.strength(),
                 inputs.colour_fix("the input", levels=0, automatic=" 0 takes what suits the model."),
                 *inputs.tiling(),
+                inputs.vae_tile(),
             ],
             outputs=[io.Image.Output()],
         )  # fmt: skip
@@ -64,7 +65,7 @@ class Upscale(io.ComfyNode):
     @classmethod
     def execute(
         cls, image: Any, model: Any, vae: Any, conditioning: Any, size: dict[str, Any], strength: float,
-        color_fix: dict[str, Any], tile: int, tile_overlap: int, tile_batch: int,
+        color_fix: dict[str, Any], tile: int, tile_overlap: int, tile_batch: int, vae_tile: int = 0,
     ) -> io.NodeOutput:  # fmt: skip
         rgb, alpha = inputs.to_core(image)
         defaults = {"process_size": PROCESS_SIZE, **models.defaults_of(model)}
@@ -73,6 +74,7 @@ class Upscale(io.ComfyNode):
         restorer = Restorer(
             model, vae, conditioning, inputs.step_settings(strength, tile, tile_overlap, tile_batch),
             Options(colour_fix=color_fix["color_fix"], **defaults), _target((rgb.shape[2], rgb.shape[3]), size),
+            inputs.vae_side(vae_tile),
         )  # fmt: skip
         sampling.check_model(model)
         sampling.check_conditioning(conditioning, model)
@@ -94,6 +96,7 @@ class Restorer:
     settings: StepSettings
     options: Options
     target: Size
+    vae_tile: int | None
 
     @property
     def size(self) -> SizePlan:
@@ -111,10 +114,10 @@ class Restorer:
 
     def run(self, images: Tensor, progress: running.Progress) -> Iterator[Tensor]:
         """Images ``(B, 3, H, W)`` in 0..1, one by one in their target size; each model is loaded once for all of them."""
-        encoded = [host_vae.encode(self.vae, to_pixels(image, self.size), progress) for image in images.split(1)]
+        encoded = [host_vae.encode(self.vae, to_pixels(image, self.size), progress, self.vae_tile) for image in images.split(1)]
         z = sampling.run_one_step(self.model, self.conditioning, torch.cat(encoded), self.settings, progress=progress)
         for image, latent in zip(images.split(1), z.split(1), strict=True):
-            y = host_vae.decode(self.vae, latent, progress)
+            y = host_vae.decode(self.vae, latent, progress, self.vae_tile)
             yield finish(from_pixels(y, self.size), image, self.target, self.options)
 
 

@@ -32,15 +32,17 @@ class Encode(io.ComfyNode):
             inputs=[
                 field(io.Image, "image", tooltip="One picture or a batch, of any size; enlarge it first. Alpha is left out."),
                 field(io.Vae, "vae", tooltip="The VAE from the same loader as the model."),
+                inputs.vae_tile(),
             ],
             outputs=[io.Latent.Output()],
         )
 
     @classmethod
-    def execute(cls, image: Any, vae: Any) -> io.NodeOutput:
+    def execute(cls, image: Any, vae: Any, vae_tile: int = 0) -> io.NodeOutput:
         rgb, _ = inputs.to_core(image)
         size = plan_target((rgb.shape[2], rgb.shape[3]), host_vae.factor_of(vae) * _PATCH, process_size=0)
-        latents = host_vae.encode(vae, to_pixels(rgb, size), running.Progress(len(rgb) * host_vae.UNITS))
+        progress = running.Progress(len(rgb) * host_vae.UNITS)
+        latents = host_vae.encode(vae, to_pixels(rgb, size), progress, inputs.vae_side(vae_tile))
         return io.NodeOutput({"samples": latents, _SIZE: size.work})
 
 
@@ -57,12 +59,13 @@ class Decode(io.ComfyNode):
             inputs=[
                 field(io.Latent, "latent", tooltip="A latent of any size."),
                 field(io.Vae, "vae", tooltip="The VAE from the same loader as the model."),
+                inputs.vae_tile(),
             ],
             outputs=[io.Image.Output()],
         )
 
     @classmethod
-    def execute(cls, latent: dict[str, Any], vae: Any) -> io.NodeOutput:
+    def execute(cls, latent: dict[str, Any], vae: Any, vae_tile: int = 0) -> io.NodeOutput:
         samples = latent["samples"]
         factor = host_vae.factor_of(vae)
         padded = samples.shape[2] * factor, samples.shape[3] * factor
@@ -70,5 +73,6 @@ class Decode(io.ComfyNode):
         size = plan_target(work, factor * _PATCH, process_size=0)
         if size.padded != padded:  # another node changed the latent's size
             size = plan_target(padded, 1, process_size=0)
-        pixels = host_vae.decode(vae, samples, running.Progress(len(samples) * host_vae.UNITS))
+        progress = running.Progress(len(samples) * host_vae.UNITS)
+        pixels = host_vae.decode(vae, samples, progress, inputs.vae_side(vae_tile))
         return io.NodeOutput(inputs.to_host(from_pixels(pixels, size), None))

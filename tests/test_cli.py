@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tsdsr_core import diffusers_models
 from tsdsr_core.bundle import read_bundle
 from tsdsr_core.cli import main
 from tsdsr_core.diffusers_models import DiffusersModel
@@ -124,6 +125,8 @@ def test_bundle_says_what_is_missing_and_stores_notes(published, tmp_path, capsy
         (["{in}/0.png", "-o", "{out}", "--tile-overlap", "64"], "tile overlap 64"),
         (["{in}/0.png", "-o", "{out}", "--tile-batch", "0"], "tile batch 0"),
         (["{in}/0.png", "-o", "{out}", "--strength", "3"], "strength 3"),
+        (["{in}/0.png", "-o", "{out}", "--vae-tile", "8"], "VAE tile 8: expected at least 16"),
+        (["{in}/0.png", "-o", "{out}", "--prompt-tokens", "0"], "0 prompt tokens"),
         (["{in}/0.png", "-o", "{out}", "--recipe", "official", "--scale", "1.5"], "whole number"),
         (["{in}/0.png", "-o", "{out}", "--device", "abacus"], "abacus"),
         (["{in}/0.png", "-o", "{out}", "--model", "{in}/no.safetensors"], "no.safetensors"),
@@ -250,6 +253,7 @@ def result_of(path: Path, *arguments) -> np.ndarray:
         (["--vae-lora-strength", "0"], ["--vae-lora-strength", "1"]),
         (["--dtype", "fp32"], ["--dtype", "bf16"]),
         (["--color", "lab"], ["--color", "adain"]),
+        (["--strength", "2", "--prompt-tokens", "1"], ["--strength", "2", "--prompt-tokens", "auto"]),
     ],
     ids=lambda arguments: " ".join(arguments),
 )
@@ -258,6 +262,26 @@ def test_every_setting_changes_the_picture(one, other, published, pictures, tmp_
     first = result_of(tmp_path / "a.png", *arguments, *one)
     assert np.array_equal(result_of(tmp_path / "b.png", *arguments, *one), first), "the same again gives the same"
     assert not np.array_equal(result_of(tmp_path / "c.png", *arguments, *other), first)
+
+
+def test_tiles_of_the_vae_change_nothing(published, pictures, tmp_path, monkeypatch):
+    tiles, run_tiled = [], diffusers_models.run_tiled
+    monkeypatch.setattr(
+        diffusers_models, "run_tiled", lambda *given, **named: tiles.append(given[2].tiles) or run_tiled(*given, **named)
+    )
+    arguments = [pictures / "0.png", *official(published), "--scale", "1"]
+    whole = result_of(tmp_path / "a.png", *arguments)
+    assert np.abs(result_of(tmp_path / "b.png", *arguments, "--vae-tile", "16") - whole).max() <= 1, "rounding to 8 bit"
+    assert min(tiles[2:]) > 4 * max(tiles[:2])
+
+
+def test_a_picture_beyond_the_memory_is_refused_and_the_others_are_done(pictures, tmp_path, capsys, monkeypatch):
+    picture = photo(64, 96)
+    write_picture(pictures / "large.png", Picture(picture))
+    monkeypatch.setattr(diffusers_models, "free_ram", lambda: 2 * 10**6)
+    assert upscale(pictures, "-o", tmp_path / "out", "--scale", "1") == 1
+    assert "large.png: the VAE needs" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").iterdir())) == 3
 
 
 def test_the_tile_batch_is_how_many_tiles_run_at_once(published, pictures, tmp_path, monkeypatch):

@@ -344,6 +344,20 @@ def test_the_prompt_may_be_one_safetensors_file(host, sd3):
 
 
 @pytest.mark.parametrize("covered", [0.0, 1.0])
+def test_a_prompt_is_pruned_where_asked(host, sd3):
+    graph = Graph()
+    lora, whole = load_sd3(graph)
+    saves = [under_prompt(graph, lora, whole, "pruned")]
+    for count in (9, 3):
+        prompt = graph.add("TSDSRLoadPrompt", prompt="default/prompt_embeds.pt", prompt_tokens=count)
+        saves.append(under_prompt(graph, lora, prompt, "pruned"))
+    result = host.run(graph)
+    assert result.status == "success", result.error
+    whole, all_of_nine, three = (result.pictures(save)[0].astype(int) for save in saves)
+    assert np.array_equal(whole, all_of_nine)
+    assert (whole != three).any()
+
+
 def test_a_noise_mask_limits_where_the_step_acts(covered, host):
     graph = Graph()
     loader = graph.add("TSDSRLoadCheckpoint", checkpoint=BUILTIN, vae_precision="auto")

@@ -203,6 +203,11 @@ def tile_too_small(host, sd3, graph):
     return "tile 8: expected 0 for automatic, or at least 16"
 
 
+def vae_tile_too_small(host, sd3, graph):
+    builtin_graph(graph=graph, vae_tile=8)
+    return "VAE tile 8: expected at least 16"
+
+
 def far_too_large(host, sd3, graph):
     graph, _ = builtin_graph(graph=graph, **{"size": "width", "size.pixels": 2000})
     for node in graph.nodes.values():
@@ -214,7 +219,8 @@ CASES = [
     loras("are the two files swapped?", transformer_lora="tsdsr/vae.safetensors"),
     loras("are the two files swapped?", vae_lora="tsdsr/transformer.safetensors"),
     lora_of_another_base, wrong_model, wrong_model_for_the_lora, wrong_vae, foreign_checkpoint, truncated_checkpoint,
-    other_channels, several_steps, a_path_upwards, overlap_above_tile, tile_too_small, far_too_large,
+    other_channels, several_steps, a_path_upwards, overlap_above_tile, tile_too_small,
+    vae_tile_too_small, far_too_large,
     odd_image("nan", "NaN or infinite pixels"), odd_image("empty batch", "not empty"), odd_image("text", "expected (batch"),
     odd_prompt("no pooled output", "no pooled output, which SD3 needs"), odd_prompt("area", "'area'"),
     odd_prompt("nothing", "the conditioning is empty"), prompt_of_another_model, prompt_that_begins_later,

@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from tsdsr_core.memory import CPU_BATCH, LARGEST_BATCH, TileMemory, is_out_of_memory, tile_batch, tile_bytes, tile_side
+from tsdsr_core.memory import (
+    CPU_BATCH,
+    LARGEST_BATCH,
+    TileMemory,
+    check_ram,
+    fits_beside,
+    is_out_of_memory,
+    tile_batch,
+    tile_bytes,
+    tile_side,
+)
 
 
 def test_bytes_grow_with_tokens_width_and_type():
@@ -28,6 +38,18 @@ def test_the_side_fits_with_room_to_spare(free, side):
 
 def test_a_cpu_takes_the_published_side_and_a_few_tiles():
     assert (TileMemory().side(), TileMemory().batch(64, 64)) == (64, CPU_BATCH)
+
+
+def test_too_little_host_memory_is_named_before_the_work():
+    check_ram(10, 10)
+    with pytest.raises(MemoryError, match=r"needs 3\.0 GB of memory .* 2\.0 GB are free: choose a smaller size"):
+        check_ram(3 * 10**9, 2 * 10**9)
+
+
+def test_pictures_lie_on_a_device_that_has_room_for_many():
+    assert fits_beside(16384, 16384, None)
+    assert fits_beside(1000, 1000, 4 * 72 * 10**6)
+    assert not fits_beside(1000, 1000, 4 * 72 * 10**6 - 4)
 
 
 def test_every_device_says_out_of_memory_in_its_own_way():

@@ -82,3 +82,23 @@ def test_other_safetensors_and_missing_paths_are_named(tmp_path):
 def test_impossible_embeddings_are_refused(tokens, pooled, message):
     with pytest.raises(ValueError, match=message):
         PromptEmbeds(tokens, pooled)
+
+
+def test_pruning_keeps_the_tokens_that_differ_most_in_their_order():
+    tokens = torch.tensor([[[0.0, 0], [0.1, 0], [3, 0], [0, 5], [3, 0.1], [0, 0.2]]])
+    prompt = PromptEmbeds(tokens, torch.randn(1, 6))
+    assert torch.equal(prompt.pruned(1).tokens, tokens[:, :1])
+    assert torch.equal(prompt.pruned(3).tokens, tokens[:, [0, 3, 4]]), "4 is 3.0017 from the first, 2 only 3"
+    assert torch.equal(prompt.pruned(4).tokens, tokens[:, [0, 3, 4, 5]])
+    assert torch.equal(prompt.pruned(3).pooled, prompt.pooled)
+
+
+@pytest.mark.parametrize("count", [6, 7, 4096])
+def test_pruning_to_as_many_as_there_are_keeps_all(count):
+    prompt = PromptEmbeds(torch.ones(1, 6, 4), torch.randn(1, 6))
+    assert torch.equal(prompt.pruned(count).tokens, prompt.tokens)
+
+
+def test_pruning_to_nothing_is_refused():
+    with pytest.raises(ValueError, match="0 prompt tokens: expected at least 1"):
+        PromptEmbeds(torch.ones(1, 6, 4), torch.randn(1, 6)).pruned(0)

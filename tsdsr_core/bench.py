@@ -168,10 +168,14 @@ def _official_model(transformer: Any, vae: Any, prompt: PromptEmbeds, dtype: tor
     )
 
 
-def load_ours(folder: Path, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> Contender:
+def load_ours(
+    folder: Path, device: torch.device, dtype: torch.dtype, compiled: bool = False, prompt_tokens: int | None = None
+) -> Contender:
     """This project's procedure, from the merged and folded bundle."""
     start = time.perf_counter()
     model: DiffusersModel = load_bundle(read_bundle(folder / "ours.safetensors"), device, dtype)
+    if prompt_tokens is not None:
+        model.prompt = model.prompt.pruned(prompt_tokens)
     if compiled:
         model.compile()
     seconds = time.perf_counter() - start

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from . import lora as lora_module
 from .bundle import BUILTIN, Bundle, read_bundle
-from .device import free_memory, release_memory
+from .device import free_memory, free_ram, release_memory
 from .flow import TIMESTEP
 from .fold import NoEmbedding, empty
 from .lora import Lora
-from .memory import TileMemory, is_out_of_memory, tile_bytes
+from .memory import TileMemory, check_ram, is_out_of_memory, tile_bytes
 from .prompt import PromptEmbeds
 from .restore import Model
 from .vae_plan import plan_tiles
@@ -46,6 +46,8 @@ class DiffusersModel:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Options that suit this model: ``process_size``, ``wavelet_levels``."""
 
+    vae_tile: int | None = None
+    """Greatest side of the VAE's tiles in pixels; None for what suits the memory."""
     compiled: Any = None
     """What ``compile`` made of the transformer."""
 
@@ -99,16 +101,16 @@ class DiffusersModel:
 
     @torch.inference_mode()
     def velocity(self, z: Tensor) -> Tensor:
-        """``v(z, t = 1000)`` under the fixed prompt."""
+        """``v(z, t = 1000)`` under the fixed prompt, wherever ``z`` lies."""
         count = len(z)
         given = {
-            "hidden_states": z.to(self.dtype),
-            "timestep": torch.full((count,), TIMESTEP, device=z.device, dtype=self.dtype),
+            "hidden_states": z.to(self.device, self.dtype),
+            "timestep": torch.full((count,), TIMESTEP, device=self.device, dtype=self.dtype),
             "encoder_hidden_states": self.prompt.tokens.expand(count, -1, -1),
             "pooled_projections": self.prompt.pooled.expand(count, -1),
             "return_dict": False,
         }
-        return self._run_transformer(given)[0].to(z.dtype)
+        return self._run_transformer(given)[0].to(z)
 
     def _run_transformer(self, given: dict[str, Any]) -> Any:
         if self.compiled is None:
@@ -133,7 +135,8 @@ class DiffusersModel:
         def run(x: Tensor) -> Tensor:
             program = half(self.vae)
             forms = [op.form for op in program]
-            plan = plan_tiles(forms, x.shape[2], x.shape[3], x.dtype.itemsize, free_memory(self.device))
+            plan = plan_tiles(forms, x.shape[2], x.shape[3], x.dtype.itemsize, free_memory(self.device), self.vae_tile)
+            check_ram(plan.device_bytes if self.device.type == "cpu" else plan.host_bytes, free_ram())
             return run_tiled(program, x, plan, self.device, release=lambda: release_memory(self.device))
 
         result = run(x.to(self.vae_dtype))

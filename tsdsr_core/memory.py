@@ -19,6 +19,8 @@ CPU_BATCH = 4
 """Tiles at once on a CPU: enough to fill the cores, no gain beyond."""
 LARGEST_BATCH = 16
 """Beyond this many tiles a GPU gains nothing."""
+_PICTURES = 6 * 3 * 4
+"""Bytes for each pixel of the result: input, reference, result and what the colour fix makes of them, three floats each."""
 TILE_SIDES = (TILE, 48, 32, 16)
 """Latent cells; below the least, tiles see too little to be worth a run."""
 
@@ -70,6 +72,20 @@ class TileMemory:
         """Number of tiles of a size in latent cells to run at once."""
         free = self.free()
         return CPU_BATCH if free is None else tile_batch(free, self.tile_bytes(tile_height, tile_width))
+
+
+def check_ram(needed: int, free: int) -> None:
+    """Raise ``MemoryError`` where ``needed`` bytes are more than are free, before the system ends the program for it."""
+    if needed > free:
+        raise MemoryError(
+            f"the VAE needs {needed / 1e9:.1f} GB of memory for a picture of this size, {free / 1e9:.1f} GB are free: choose a "
+            "smaller size, or close other programs"
+        )
+
+
+def fits_beside(height: int, width: int, free: int | None) -> bool:
+    """Whether pictures of a size may lie on a device with ``free`` bytes and leave most of them to the model."""
+    return free is None or height * width * _PICTURES <= free // 4
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -35,6 +35,24 @@ class PromptEmbeds:
         """The same embeddings elsewhere."""
         return PromptEmbeds(self.tokens.to(device, dtype), self.pooled.to(device, dtype))
 
+    def pruned(self, count: int) -> PromptEmbeds:
+        """At most ``count`` tokens, those that differ most: greedy k-centre selection (Gonzalez 1985) from the first one.
+
+        SD3 pads every prompt to 333 tokens, and its transformer carries the padding through every block.
+
+        Raises:
+            ValueError: for a count below 1.
+        """
+        if count < 1:
+            raise ValueError(f"{count} prompt tokens: expected at least 1")
+        tokens = self.tokens[0].float()
+        kept, distance = [0], torch.full((len(tokens),), torch.inf, device=tokens.device)
+        while len(kept) < min(count, len(tokens)):
+            distance = distance.minimum((tokens - tokens[kept[-1]]).norm(dim=1))
+            distance[kept] = -1
+            kept.append(int(distance.argmax()))
+        return PromptEmbeds(self.tokens[:, sorted(kept)], self.pooled)
+
 
 def load_prompt(path: Path) -> PromptEmbeds:
     """Read the official folder (``prompt_embeds.pt`` and ``pool_embeds.pt``) or one safetensors file.

@@ -95,7 +95,7 @@ def restore(image: Tensor, model: Model, options: Options, progress: Progress = 
     """Restore and enlarge a batch of images; each image is on its own.
 
     Args:
-        image: ``(B, 3, H, W)`` in 0..1, any size from 1x1, on the model's device.
+        image: ``(B, 3, H, W)`` in 0..1, any size from 1x1, where the model's functions take it.
         progress: told of each finished image (encode, decode) and tile batch (step).
 
     Returns:

@@ -175,12 +175,17 @@ def plan_tiles(
     Raises:
         ValueError: for an impossible tile, or a picture of which the program leaves nothing.
     """
-    if tile is not None and tile < LEAST_TILE:
-        raise ValueError(f"VAE tile {tile}: expected at least {LEAST_TILE} pixels")
+    check_tile(tile)
     plan = plan_places(forms, height, width, itemsize, free, tile, "device", "device")
     if not plan.fits:
         plan = plan_places(forms, height, width, itemsize, free, tile, "host", "device")
     return plan if plan.fits else plan_places(forms, height, width, itemsize, free, tile, "host", "host")
+
+
+def check_tile(tile: int | None) -> None:
+    """Raise ``ValueError`` for a wanted side of tiles that is too small."""
+    if tile is not None and tile < LEAST_TILE:
+        raise ValueError(f"VAE tile {tile}: expected at least {LEAST_TILE} pixels")
 
 
 def plan_places(

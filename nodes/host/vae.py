@@ -11,6 +11,7 @@ import comfy.ops
 import torch
 from torch import Tensor
 
+from ...tsdsr_core.memory import check_ram
 from ...tsdsr_core.vae_plan import HEADROOM, Plan, plan_tiles
 from ...tsdsr_core.vae_program import Program, decoder_program, encoder_program
 from ...tsdsr_core.vae_tiled import run
@@ -27,13 +28,17 @@ def factor_of(vae: Any) -> int:
     return int(vae.spacial_compression_encode())
 
 
-def encode(vae: Any, pixels: Tensor, progress: running.Progress) -> Tensor:
-    """``(B, 3, H, W)`` in -1..1, sides multiples of the factor, to unscaled latents ``(B, C, h, w)`` in fp32."""
-    moments = _run(vae, encoder_program(vae.first_stage_model), pixels, progress)
+def encode(vae: Any, pixels: Tensor, progress: running.Progress, tile: int | None = None) -> Tensor:
+    """``(B, 3, H, W)`` in -1..1, sides multiples of the factor, to unscaled latents ``(B, C, h, w)`` in fp32.
+
+    Args:
+        tile: greatest side of a tile in pixels; None for what suits the memory.
+    """
+    moments = _run(vae, encoder_program(vae.first_stage_model), pixels, progress, tile)
     return moments.chunk(2, 1)[0].float()
 
 
-def decode(vae: Any, latents: Tensor, progress: running.Progress) -> Tensor:
+def decode(vae: Any, latents: Tensor, progress: running.Progress, tile: int | None = None) -> Tensor:
     """Unscaled latents ``(B, C, h, w)`` to pixels ``(B, 3, H, W)`` in -1..1, fp32.
 
     Raises:
@@ -44,25 +49,26 @@ def decode(vae: Any, latents: Tensor, progress: running.Progress) -> Tensor:
         raise ValueError(
             f"the latent has the shape {tuple(latents.shape)}: this VAE takes (batch, {vae.latent_channels}, height, width)"
         )
-    pixels = _run(vae, decoder_program(vae.first_stage_model), latents, progress)
+    pixels = _run(vae, decoder_program(vae.first_stage_model), latents, progress, tile)
     if not torch.isfinite(pixels).all():
         raise FloatingPointError("the VAE overflowed: choose vae_precision fp32 in TSD-SR's loader")
     return pixels.float()
 
 
-def _run(vae: Any, program: Program, x: Tensor, progress: running.Progress) -> Tensor:
+def _run(vae: Any, program: Program, x: Tensor, progress: running.Progress, tile: int | None) -> Tensor:
     x = x.to(vae.output_device, vae.vae_dtype)
     device = vae.patcher.load_device
-    wanted = _plan(program, x, _obtainable(vae))
+    wanted = _plan(program, x, _obtainable(vae), tile)
     comfy.model_management.load_models_gpu([vae.patcher], memory_required=wanted.device_bytes / HEADROOM)
-    plan = _plan(program, x, running.free_memory(vae.patcher))
-    _check_ram(plan, device)
+    plan = _plan(program, x, running.free_memory(vae.patcher), tile)
+    needed = plan.device_bytes if device.type == "cpu" else plan.host_bytes
+    check_ram(needed, comfy.model_management.get_free_memory(torch.device("cpu")))
     with _current(device):
         return run(program, x, plan, device, _affine, _ticker(progress, len(x)), running.release_memory)
 
 
-def _plan(program: Program, x: Tensor, free: int | None) -> Plan:
-    return plan_tiles([op.form for op in program], x.shape[2], x.shape[3], x.dtype.itemsize, free)
+def _plan(program: Program, x: Tensor, free: int | None, tile: int | None) -> Plan:
+    return plan_tiles([op.form for op in program], x.shape[2], x.shape[3], x.dtype.itemsize, free, tile)
 
 
 def _obtainable(vae: Any) -> int | None:
@@ -71,17 +77,6 @@ def _obtainable(vae: Any) -> int | None:
         return None
     total = comfy.model_management.get_total_memory(vae.patcher.load_device)
     return int(_SHARE * total) - vae.model_size()
-
-
-def _check_ram(plan: Plan, device: torch.device) -> None:
-    """Raise ``MemoryError`` where the maps do not fit into host memory, before the system ends the program for it."""
-    needed = plan.device_bytes if device.type == "cpu" else plan.host_bytes
-    free = comfy.model_management.get_free_memory(torch.device("cpu"))
-    if needed > free:
-        raise MemoryError(
-            f"the VAE needs {needed / 1e9:.1f} GB of memory for a picture of this size, {free / 1e9:.1f} GB are free: choose a "
-            "smaller size, or close other programs"
-        )
 
 
 def _affine(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turn; the median counts")
     parser.add_argument("--only", choices=("both", "ours", "published"), default="both", help="what to run")
     parser.add_argument("--compile", action="store_true", help="run our transformer through torch.compile")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="keep only N of the prompt's tokens in ours")
     parser.add_argument("--work", type=Path, help="folder for the random weights, kept and used again")
     add_device_arguments(parser)
 
@@ -73,7 +74,7 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype, options: argpa
     if options.only != "ours":
         found.append(load_official(folder, device, dtype))
     if options.only != "published":
-        found.append(load_ours(folder, device, dtype, options.compile))
+        found.append(load_ours(folder, device, dtype, options.compile, options.prompt_tokens))
     return found
 
 

@@ -21,14 +21,15 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..colour import METHODS
-from ..device import choose_device, choose_dtype
+from ..device import choose_device, choose_dtype, free_memory
 from ..diffusers_models import DiffusersModel
 from ..geometry import target_size
 from ..image_io import Picture, check_output, read_picture, write_picture
 from ..jobs import Job, collect, plan_jobs
-from ..memory import is_out_of_memory
+from ..memory import fits_beside, is_out_of_memory
 from ..restore import RECIPES, Options, bicubic, restore, tile_settings
 from ..tile_plan import OVERLAP
+from ..vae_plan import check_tile
 from .model_options import add_device_arguments, add_source_arguments, load_model
 
 
@@ -60,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tile", type=_automatic, default="auto", help="tile side in latent cells, or auto: 64 where it fits")
     parser.add_argument("--tile-overlap", type=int, default=OVERLAP, help="least overlap of tiles in latent cells")
     parser.add_argument("--tile-batch", type=_automatic, default="auto", help="tiles at once, a number or auto")
+    parser.add_argument("--vae-tile", type=_automatic, default="auto", help="greatest VAE tile side in pixels; same result")
+    parser.add_argument("--prompt-tokens", type=_automatic, default="auto", help="keep only so many of the prompt's tokens")
     parser.add_argument("--compile", action="store_true", help="run the transformer through torch.compile: slow to start")
     parser.add_argument("--posterior", choices=("mode", "sample"), default="mode", help="of the VAE encoder")
     parser.add_argument("--seed", type=int, default=0, help="of --posterior sample, the same for each picture")
@@ -76,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1")
+    check_tile(options.vae_tile)
     jobs = plan_jobs(collect(options.inputs), options.output, options.existing)
     device = choose_device(options.device)
     if all(job.skip for job in jobs):
@@ -102,6 +106,9 @@ def _run_shared(jobs: list[Job], device: torch.device, chosen: Options, options:
 
 def _run_jobs(jobs: list[Job], device: torch.device, chosen: Options, options: argparse.Namespace) -> list[Outcome]:
     model = load_model(options, device, choose_dtype(options.dtype, device))
+    model.vae_tile = options.vae_tile
+    if options.prompt_tokens is not None:
+        model.prompt = model.prompt.pruned(options.prompt_tokens)
     if options.compile:
         model.compile()
     chosen = replace(chosen, **model.defaults)
@@ -116,7 +123,7 @@ def _run_jobs(jobs: list[Job], device: torch.device, chosen: Options, options: a
             start = time.perf_counter()
             try:
                 size = _upscale_file(job, model, chosen, options)
-            except (ValueError, OSError, FloatingPointError) as error:
+            except (ValueError, OSError, FloatingPointError, MemoryError) as error:
                 named = str(error) if names[0] in str(error) else f"{names[0]}: {error}"
                 outcomes.append(Outcome(*names, "failed", error=named))
             except RuntimeError as error:
@@ -141,7 +148,8 @@ def _upscale_file(job: Job, model: DiffusersModel, chosen: Options, options: arg
             bar.set_description(stage)
 
         with torch.inference_mode():
-            rgb = restore(picture.rgb.to(model.device), model.restorer(options.posterior, options.seed), chosen, progress)
+            place = model.device if fits_beside(*size, free_memory(model.device)) else "cpu"
+            rgb = restore(picture.rgb.to(place), model.restorer(options.posterior, options.seed), chosen, progress)
     alpha = None if picture.alpha is None else bicubic(picture.alpha, size)
     result = Picture(rgb.cpu(), alpha, picture.grey, picture.deep, picture.icc, picture.exif)
     write_picture(job.output, result)

@@ -68,9 +68,8 @@ def table(host, sd3):
     whole, base, _ = rows["VAEDecode"]
     for name, (picture, seconds, grown) in rows.items():
         off = np.abs(picture - whole)
-        print(
-            f"\n{name:30} {seconds:6.2f} s  {seconds / base:.2f}  max {off.max():3}  mean {off.mean():.3f}  {grown / 1e9:.2f} GB"
-        )
+        figures = f"{seconds:6.2f} s  {seconds / base:.2f}  max {off.max():3}  mean {off.mean():.3f}  {grown / 1e9:.2f} GB"
+        print(f"\n{name:30} {figures}")
     return rows
 
 

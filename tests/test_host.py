@@ -343,7 +343,6 @@ def test_the_prompt_may_be_one_safetensors_file(host, sd3):
     assert np.array_equal(*(result.pictures(save)[0] for save in saves))
 
 
-@pytest.mark.parametrize("covered", [0.0, 1.0])
 def test_a_prompt_is_pruned_where_asked(host, sd3):
     graph = Graph()
     lora, whole = load_sd3(graph)
@@ -358,6 +357,7 @@ def test_a_prompt_is_pruned_where_asked(host, sd3):
     assert (whole != three).any()
 
 
+@pytest.mark.parametrize("covered", [0.0, 1.0])
 def test_a_noise_mask_limits_where_the_step_acts(covered, host):
     graph = Graph()
     loader = graph.add("TSDSRLoadCheckpoint", checkpoint=BUILTIN, vae_precision="auto")

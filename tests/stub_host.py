@@ -15,8 +15,9 @@ TYPES = {
     "DynamicCombo": "COMFY_DYNAMICCOMBO_V3",
 }  # fmt: skip
 _NEEDED = (
-    "comfy", "comfy.lora", "comfy.model_base", "comfy.model_management", "comfy.model_patcher", "comfy.ops",
-    "comfy.patcher_extension", "comfy.samplers", "comfy.sd", "comfy.utils", "comfy_api", "latent_preview", "folder_paths",
+    "comfy", "comfy.lora", "comfy.model_base", "comfy.model_detection", "comfy.model_management", "comfy.model_patcher",
+    "comfy.ops", "comfy.patcher_extension", "comfy.samplers", "comfy.sd", "comfy.utils", "comfy_api", "latent_preview",
+    "folder_paths",
 )  # fmt: skip
 
 

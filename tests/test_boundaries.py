@@ -23,6 +23,7 @@ INFERENCE = {
     "lora",
     "prompt",
     "bundle",
+    "eight_bit",
     "memory",
     "files",
     "vae_keys",

@@ -96,7 +96,7 @@ def rewrite(source, target, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=3), "version 3, this program reads up to 2: update"),
+        (lambda d: d.update(version=4), "version 4, this program reads up to 3: update"),
         (lambda d: d.update(version="new"), "no version"),
         (lambda d: d.update(kind="zip"), "kind 'zip'"),
         (lambda d: d.pop("vae_config"), "vae_config is missing"),

@@ -1,12 +1,14 @@
 """One safetensors file for a restorer: LoRAs or merged weights, prompt embeddings and JSON metadata.
 
-Layout, version 1, or 2 where the transformer is folded.  The metadata entry ``tsdsr_bundle`` holds JSON: ``version``,
-``kind``, ``defaults`` (options that suit the model), ``notes`` and, for merged weights, ``transformer_config`` and
-``vae_config`` in diffusers' terms; optionally ``preview``, how a latent looks, and ``folded``.
+Layout, version 1, 2 where the transformer is folded, or 3 where it holds 8-bit weights.  The metadata entry
+``tsdsr_bundle`` holds JSON: ``version``, ``kind``, ``defaults`` (options that suit the model), ``notes`` and, for merged
+weights, ``transformer_config`` and ``vae_config`` in diffusers' terms; optionally ``preview``, how a latent looks,
+``folded`` and ``eight_bit``.
 Tensors: ``prompt_embeds``, ``pooled_prompt_embeds`` and, by kind,
 
 - ``lora``: ``transformer.<module>.lora_A.weight`` ... and ``vae.<module>.lora_A.weight`` ...; needs a base model;
-- ``merged``: ``transformer.<weight>`` and ``vae.<weight>`` in diffusers' layout; needs nothing else.
+- ``merged``: ``transformer.<weight>`` and ``vae.<weight>`` in diffusers' layout, with ``transformer.<weight>_scale`` for an
+  8-bit one; needs nothing else.
 """
 
 from __future__ import annotations
@@ -21,17 +23,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import eight_bit
 from .files import atomic_path
 from .lora import Lora, parse_lora
 from .prompt import POOLED_KEY, TOKENS_KEY, PromptEmbeds
 
 BUILTIN = Path(__file__).parent / "assets" / "builtin.safetensors"
 """The small model that ships with the package."""
-VERSION = 2
+VERSION = 3
 METADATA_KEY = "tsdsr_bundle"
 KINDS = ("lora", "merged")
 DEFAULTS = {"process_size": (0, 4096), "wavelet_levels": (1, 10)}
 """Options a bundle may set, whole numbers, and their limits."""
+FLAGS = ("folded", "eight_bit")
+"""What may be true of merged weights."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Bundle:
     """Red, green and blue, in -1..1, of each unscaled latent channel, and what is added; empty where the VAE is SD3's."""
     folded: bool = False
     """Whether the transformer takes this prompt alone (``fold``)."""
+    eight_bit: bool = False
+    """Whether the transformer's weights are as ``eight_bit.quantise`` gives them."""
 
     def loras(self) -> tuple[Lora, Lora]:
         """The transformer's and the VAE's LoRA of a ``lora`` bundle.
@@ -75,14 +82,13 @@ def is_bundle(path: Path) -> bool:
 def write_bundle(path: Path, bundle: Bundle) -> None:
     """Write ``bundle`` to ``path``, all or nothing."""
     description = {
-        "version": 2 if bundle.folded else 1,
+        "version": 3 if bundle.eight_bit else 2 if bundle.folded else 1,
         "kind": bundle.kind,
         "defaults": dict(bundle.defaults),
         "notes": dict(bundle.notes),
     }
     description.update({f"{part}_config": dict(config) for part, config in bundle.configs.items()})
-    if bundle.folded:
-        description["folded"] = True
+    description.update({name: True for name in FLAGS if getattr(bundle, name)})
     if bundle.preview:
         description["preview"] = [list(row) for row in bundle.preview]
     tensors = {TOKENS_KEY: bundle.prompt.tokens, POOLED_KEY: bundle.prompt.pooled}
@@ -113,6 +119,8 @@ def read_bundle(path: Path) -> Bundle:
         raise ValueError(f"{path} lacks the prompt embeddings, the transformer or the VAE, or has more: it is damaged")
     try:
         prompt = PromptEmbeds(single[TOKENS_KEY], single[POOLED_KEY])
+        if description.get("eight_bit"):
+            eight_bit.check(groups["transformer"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     configs = {part: description[f"{part}_config"] for part in groups} if description["kind"] == "merged" else {}
@@ -126,6 +134,7 @@ def read_bundle(path: Path) -> Bundle:
         description["notes"],
         description.get("preview", ()),
         description.get("folded", False),
+        description.get("eight_bit", False),
     )
 
 
@@ -163,8 +172,9 @@ def _check_description(path: Path, description: dict[str, Any]) -> None:
         low, high = DEFAULTS.get(name, (1, 0))
         if type(value) is not int or not low <= value <= high:
             raise ValueError(f"{path} has damaged bundle metadata: default {name} = {value!r}")
-    if description.get("folded", False) not in ((False, True) if kind == "merged" else (False,)):
-        raise ValueError(f"{path} has damaged bundle metadata: folded = {description['folded']!r} in a bundle of kind {kind}")
+    for name in FLAGS:
+        if description.get(name, False) not in ((False, True) if kind == "merged" else (False,)):
+            raise ValueError(f"{path} has damaged bundle metadata: {name} = {description[name]!r} in a bundle of kind {kind}")
     if "preview" in description and not _is_preview(description):
         raise ValueError(f"{path} has damaged bundle metadata: preview is not a row of 3 numbers for each latent channel and 1")
 

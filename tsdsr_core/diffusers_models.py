@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from . import eight_bit
 from . import lora as lora_module
 from .bundle import BUILTIN, Bundle, read_bundle
 from .device import free_memory, free_ram, release_memory
@@ -184,14 +185,15 @@ def load_folder(
 
 
 def load_bundle(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> DiffusersModel:
-    """Build the model of a merged bundle.
+    """Build the model of a merged bundle; 8-bit weights become ``dtype``.
 
     Raises:
         ValueError: for a LoRA bundle, or weights that do not match the stored configuration.
     """
     if bundle.kind != "merged":
         raise ValueError("this bundle holds only LoRAs: give an SD3 folder as the model and the bundle as the LoRA")
-    transformer = _from_weights("transformer", bundle.configs["transformer"], bundle.transformer, bundle.folded)
+    weights = eight_bit.dequantise(bundle.transformer, dtype) if bundle.eight_bit else bundle.transformer
+    transformer = _from_weights("transformer", bundle.configs["transformer"], weights, bundle.folded)
     vae = _from_weights("vae", bundle.configs["vae"], bundle.vae)
     if not isinstance(vae.config["scaling_factor"], int | float):
         raise ValueError(f"the bundle's VAE has the scaling factor {vae.config['scaling_factor']!r}: expected a number")
@@ -204,15 +206,23 @@ def load_builtin(device: torch.device, dtype: torch.dtype) -> DiffusersModel:
 
 
 def merged_bundle(
-    transformer: Any, vae: Any, prompt: PromptEmbeds, dtype: torch.dtype, defaults: Mapping[str, Any], notes: Mapping[str, str]
-) -> Bundle:
-    """A self-contained bundle of a diffusers transformer, folded or not, and autoencoder with weights in ``dtype``."""
+    transformer: Any, vae: Any, prompt: PromptEmbeds, dtype: torch.dtype, defaults: Mapping[str, Any], notes: Mapping[str, str],
+    in_8_bits: bool = False,
+) -> Bundle:  # fmt: skip
+    """A self-contained bundle of a diffusers transformer, folded or not, and autoencoder with weights in ``dtype``.
+
+    Args:
+        in_8_bits: whether the transformer's are as ``eight_bit.quantise`` gives them.  The VAE's never are: they would lose
+            the encoder LoRA's small change.
+    """
     parts = {"transformer": transformer, "vae": vae}
-    weights = {name: {k: v.to(dtype) for k, v in part.state_dict().items()} for name, part in parts.items()}
+    weights = {name: part.state_dict() for name, part in parts.items()}
+    stored = eight_bit.quantise(weights["transformer"], dtype) if in_8_bits else _cast(weights["transformer"], dtype)
     configs = {name: {k: v for k, v in part.config.items() if not k.startswith("_")} for name, part in parts.items()}
     prompt = prompt.to("cpu", dtype)
     folded = isinstance(transformer.time_text_embed, NoEmbedding)
-    return Bundle("merged", prompt, weights["transformer"], weights["vae"], configs, defaults, notes, folded=folded)
+    vae_weights = _cast(weights["vae"], dtype)
+    return Bundle("merged", prompt, stored, vae_weights, configs, defaults, notes, folded=folded, eight_bit=in_8_bits)
 
 
 def folder_shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
@@ -287,6 +297,10 @@ def _from_weights(part: str, config: Mapping[str, Any], weights: Mapping[str, Te
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise ValueError(f"the bundle's {part} does not match its configuration: {error}") from error
     return model
+
+
+def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: weight.to(dtype) for name, weight in weights.items()}
 
 
 def _move(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

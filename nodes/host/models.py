@@ -15,7 +15,7 @@ from torch import Tensor
 from ...tsdsr_core.bundle import Bundle, read_bundle
 from ...tsdsr_core.prompt import PromptEmbeds
 from ...tsdsr_core.vae_keys import weights_to_original
-from . import folded
+from . import eight_bit, folded
 
 DEFAULTS, PREVIEW = "tsdsr_defaults", "tsdsr_preview"
 """Names of the attachments with which a model carries the options that suit it and how its latents look."""
@@ -31,6 +31,8 @@ def build_model(bundle: Bundle, **options: Any) -> Any:
         ValueError: where ComfyUI cannot hold it.
     """
     weights = folded.widened(bundle.transformer) if bundle.folded else dict(bundle.transformer)
+    if bundle.eight_bit:
+        weights = eight_bit.hosted(weights)
     model = comfy.sd.load_diffusion_model_state_dict(weights, **options)
     if model is None or not isinstance(model.model, comfy.model_base.SD3) or weights:
         raise ValueError(f"ComfyUI cannot load this bundle's transformer as SD3; left over: {sorted(weights)[:8]}")
@@ -111,8 +113,8 @@ def _bundled_vae(bundle: Bundle, dtype: torch.dtype | None) -> Any:
     return build_vae(weights_to_original(bundle.vae, levels), dtype)
 
 
-def _load_model(path: Path, disable_dynamic: bool = False) -> Any:
-    return build_model(read_bundle(path), disable_dynamic=disable_dynamic)
+def _load_model(path: Path, **options: Any) -> Any:
+    return build_model(read_bundle(path), **options)
 
 
 def _load_vae(path: Path, dtype: torch.dtype | None, disable_dynamic: bool = False) -> Any:

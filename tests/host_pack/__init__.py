@@ -114,6 +114,41 @@ class TypeOfVae:
         return {"ui": {"text": [str(vae.vae_dtype)]}}
 
 
+class Weights:
+    """Says how many bytes a model takes by the host's count, and of which types its weights are."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
+    RETURN_TYPES = ()
+    FUNCTION = "say"
+    OUTPUT_NODE = True
+    CATEGORY = "test"
+
+    def say(self, model):
+        found = {"size": model.model_size()}
+        for weight in model.model.state_dict().values():
+            weight = getattr(weight, "_qdata", weight)  # what a quantised tensor stores
+            found[str(weight.dtype)] = found.get(str(weight.dtype), 0) + weight.numel() * weight.element_size()
+        return {"ui": {"text": [json.dumps(found)]}}
+
+
+class Rebuilt:
+    """A model as newer hosts build it a second time, on a device that can hold 8-bit numbers or cannot."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "eight_bit": ("BOOLEAN", {"default": True})}})
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, model, eight_bit):
+        build, arguments = model.cached_patcher_init
+        real = comfy.model_management.supports_cast
+        comfy.model_management.supports_cast = lambda device, dtype: eight_bit
+        try:
+            return (build(*arguments),)
+        finally:
+            comfy.model_management.supports_cast = real
+
+
 class Census:
     """Counts what the process holds: tensors, their bytes and loaded models."""
 
@@ -180,6 +215,8 @@ NODE_CLASS_MAPPINGS = {
     "TestOtherModel": OtherModel,
     "TestCoarseVae": CoarseVae,
     "TestTypeOfVae": TypeOfVae,
+    "TestWeights": Weights,
+    "TestRebuilt": Rebuilt,
     "TestCensus": Census,
     "TestPrompt": Prompt,
 }

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--merge", action="store_true", help="put the whole model with merged LoRAs in; needs --model")
     parser.add_argument("--fold", action="store_true", help="with --merge: a third smaller, for this prompt alone")
+    parser.add_argument("--eight-bit", action="store_true", help="with --merge: the transformer's matrices in 8 bits")
     add_source_arguments(parser, default_model="")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="number type of the stored tensors")
     parser.add_argument("--note", action="append", default=[], metavar="KEY=TEXT", help="text to store, such as license=...")
@@ -35,6 +36,8 @@ def run(options: argparse.Namespace) -> int:
     notes = _notes(options.note)
     if options.fold and not options.merge:
         raise ValueError("--fold needs --merge: the LoRAs must be in the weights before they are folded")
+    if options.eight_bit and not options.merge:
+        raise ValueError("--eight-bit needs --merge: the LoRAs must be in the weights before they are rounded to 8 bits")
     bundle = _merged(options, dtype, notes) if options.merge else _loras(options, dtype, notes)
     write_bundle(options.output, bundle)
     print(f"{options.output}  {bundle.kind} bundle, {options.output.stat().st_size / 1e6:.1f} MB")
@@ -44,14 +47,14 @@ def run(options: argparse.Namespace) -> int:
 def _merged(options: argparse.Namespace, dtype: torch.dtype, notes: dict[str, str]) -> Bundle:
     if not options.model:
         raise ValueError("--merge needs --model: the SD3 folder to merge the LoRAs into")
-    if not Path(options.model).is_dir() and not options.fold:
+    if not Path(options.model).is_dir() and not (options.fold or options.eight_bit):
         raise ValueError(f"--model {options.model}: expected an SD3 folder; the built-in model and bundles are merged already")
     model = load_model(options, torch.device("cpu"), torch.float32)
     if options.fold:
         if isinstance(model.transformer.time_text_embed, NoEmbedding):
             raise ValueError(f"--model {options.model} is folded already")
         fold(model.transformer, model.prompt.pooled)
-    return merged_bundle(model.transformer, model.vae, model.prompt, dtype, model.defaults, notes)
+    return merged_bundle(model.transformer, model.vae, model.prompt, dtype, model.defaults, notes, options.eight_bit)
 
 
 def _loras(options: argparse.Namespace, dtype: torch.dtype, notes: dict[str, str]) -> Bundle:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .. import eight_bit
 from ..bundle import is_bundle, read_bundle
 from ..diffusers_models import check_folder, folder_shapes, load_bundle
 from ..lora import TRANSFORMER_FILE, VAE_FILE, Lora, check_fit, load_lora
@@ -103,17 +104,20 @@ def _loras(loras: list[Lora], model: Path | None) -> dict[str, Any]:
 
 def _bundle(path: Path, model: Path | None) -> dict[str, Any]:
     bundle = read_bundle(path)
-    count = sum(tensor.numel() for tensor in (*bundle.transformer.values(), *bundle.vae.values()))
+    stored = {**bundle.transformer, **bundle.vae}
+    count = sum(tensor.numel() for key, tensor in stored.items() if not key.endswith(eight_bit.SCALE))
     facts: dict[str, Any] = {"kind": f"{bundle.kind} bundle"}
     if bundle.kind == "lora":
         facts |= {name: value for name, value in _loras(list(bundle.loras()), model).items() if name != "kind"}
     else:
         load_bundle(bundle, torch.device("cpu"), torch.float32)  # raises where weights and configuration disagree
-        damaged = [k for part in (bundle.transformer, bundle.vae) for k, w in part.items() if not torch.isfinite(w).all()]
+        damaged = [key for key, tensor in stored.items() if not torch.isfinite(tensor.float()).all()]
         if damaged:
             raise ValueError(f"{path} has NaN or infinite values in {', '.join(damaged[:8])}: it is damaged")
         facts["fits"] = True
         facts["checked"] = "weights against the stored configuration"
+        if bundle.eight_bit:
+            facts["weights"] = "8-bit (float8_e4m3fn) in the transformer's attention and feed-forward"
     facts |= {"parameters": count, "size": f"{path.stat().st_size / 1e6:.1f} MB"}
     facts |= {"tokens": tuple(bundle.prompt.tokens.shape), "pooled": tuple(bundle.prompt.pooled.shape)}
     return facts | {"defaults": dict(bundle.defaults), "notes": dict(bundle.notes)}

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
-from tsdsr_core.image_io import FORMATS, Picture, read_picture, write_picture
+from tsdsr_core.image_io import FORMATS, Header, Picture, read_header, read_picture, write_picture
 
 from .tiny import photo
 
@@ -343,3 +343,17 @@ def test_names_beyond_ascii(tmp_path):
         path = tmp_path / "фото 写真.png"
         write_picture(path, Picture(photo(8, 8), deep=deep))
         assert (read_picture(path).rgb - photo(8, 8)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_headers_tell_size_and_kind_as_the_pixels_do(suffix, tmp_path):
+    for deep in (False, True) if suffix in (".png", ".tif") else (False,):
+        for grey in (False, True) if suffix != ".webp" else (False,):
+            write_picture(tmp_path / f"a{suffix}", Picture(photo(20, 30), grey=grey, deep=deep))
+            assert read_picture(tmp_path / f"a{suffix}").grey == grey
+            assert read_header(tmp_path / f"a{suffix}") == Header(20, 30, grey), (grey, deep)
+    for name in ("damaged", "none"):
+        if name == "damaged":
+            (tmp_path / f"damaged{suffix}").write_bytes(b"no picture")
+        with pytest.raises(ValueError, match=rf"{name}\{suffix} cannot be read"):
+            read_header(tmp_path / f"{name}{suffix}")

@@ -31,14 +31,10 @@ from .fold import fold
 from .lora import TRANSFORMER_FILE, VAE_FILE, load_lora
 from .prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds, load_prompt
 from .restore import Model, Options, restore
-from .sd3 import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, VAE_CONFIG
+from .sd3 import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, TRANSFORMER_TARGETS, VAE_CONFIG, VAE_TARGETS
 
 STAGES = ("encode", "step", "decode", "colour")
 SCALE = 4
-_TRANSFORMER_TARGETS = [
-    "to_k", "to_q", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "proj", "linear", "proj_out",
-]  # fmt: skip
-_VAE_TARGETS = r"encoder\.(conv_in|conv_out|.*\.(conv1|conv2|conv_shortcut|conv|to_q|to_k|to_v|to_out\.0))"
 
 
 @dataclass(frozen=True)
@@ -94,8 +90,8 @@ def write_files(folder: Path, size: Size, dtype: torch.dtype) -> None:
     """
     torch.manual_seed(0)
     parts = (
-        ("transformer", SD3Transformer2DModel, size.transformer, _TRANSFORMER_TARGETS, TRANSFORMER_FILE),
-        ("vae", AutoencoderKL, size.vae, _VAE_TARGETS, VAE_FILE),
+        ("transformer", SD3Transformer2DModel, size.transformer, TRANSFORMER_TARGETS, TRANSFORMER_FILE),
+        ("vae", AutoencoderKL, size.vae, VAE_TARGETS, VAE_FILE),
     )
     for name, kind, config, targets, file in parts:
         with torch.device("meta"):
@@ -138,7 +134,7 @@ def load_official(folder: Path, device: torch.device, dtype: torch.dtype) -> Con
     prompt = load_prompt(folder).to(device, dtype)
     transformer = SD3Transformer2DModel.from_pretrained(folder / "sd3" / "transformer", torch_dtype=dtype)
     vae = AutoencoderKL.from_pretrained(folder / "sd3" / "vae", torch_dtype=dtype)
-    for model, lora, targets in zip((transformer, vae), _loras(folder), (_TRANSFORMER_TARGETS, _VAE_TARGETS), strict=True):
+    for model, lora, targets in zip((transformer, vae), _loras(folder), (TRANSFORMER_TARGETS, VAE_TARGETS), strict=True):
         rank = next(iter(lora.pairs.values())).rank
         model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
         state = {key.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): value

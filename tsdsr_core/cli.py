@@ -18,9 +18,10 @@ COMMANDS = {
     "info": "say what a LoRA, bundle, embedding or model folder is, and whether it fits",
     "eval": "compare a folder of results, or of inputs, with references",
     "bench": "measure time and memory against the published procedure",
+    "train": "train a one-step restorer, or prepare, export and check what that takes",
 }
-_MODULES = {"eval": "evaluate"}
-"""Modules in ``commands`` whose name is not the command's."""
+_MODULES = {"eval": "commands.evaluate", "train": "train.command"}
+"""Where it is not ``commands.NAME``."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,9 +41,9 @@ def _run(arguments: list[str]) -> int:
         sub = subparsers.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         if name in arguments[:1]:  # a command's module loads torch and diffusers: seconds that --help need not wait
             try:
-                command = importlib.import_module(f".commands.{_MODULES.get(name, name)}", __package__)
+                command = importlib.import_module("." + _MODULES.get(name, f"commands.{name}"), __package__)
             except ModuleNotFoundError as error:
-                extra = "bench" if name == "bench" else "cli"
+                extra = name if name in ("bench", "train") else "cli"
                 print(f"tsdsr {name}: error: {error.name} is not installed: pip install tsdsr[{extra}]", file=sys.stderr)
                 return 2
             sub.description = command.__doc__

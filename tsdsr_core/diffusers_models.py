@@ -174,8 +174,8 @@ def load_folder(
     Raises:
         ValueError: where a part is missing, damaged or of another model family, or a LoRA does not fit.
     """
-    transformer = _load_part(path, "transformer", dtype)
-    vae = _load_part(path, "vae", torch.float32)  # merged before it is rounded
+    transformer = load_part(path, "transformer", dtype)
+    vae = load_part(path, "vae", torch.float32)  # merged before it is rounded
     if loras is not None:
         for model, lora in zip((transformer, vae), loras, strict=True):
             lora_module.check_fit(lora, lora_module.weight_shapes(model))
@@ -190,14 +190,29 @@ def load_bundle(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Dif
     Raises:
         ValueError: for a LoRA bundle, or weights that do not match the stored configuration.
     """
-    if bundle.kind != "merged":
-        raise ValueError("this bundle holds only LoRAs: give an SD3 folder as the model and the bundle as the LoRA")
+    _check_merged(bundle)
     weights = eight_bit.dequantise(bundle.transformer, dtype) if bundle.eight_bit else bundle.transformer
     transformer = _from_weights("transformer", bundle.configs["transformer"], weights, bundle.folded)
     vae = _from_weights("vae", bundle.configs["vae"], bundle.vae)
     if not isinstance(vae.config["scaling_factor"], int | float):
         raise ValueError(f"the bundle's VAE has the scaling factor {vae.config['scaling_factor']!r}: expected a number")
     return DiffusersModel(transformer, vae, bundle.prompt, device, dtype, bundle.defaults)
+
+
+def load_vae(path: Path) -> Any:
+    """The autoencoder alone of an SD3 folder or a merged bundle: ``AutoencoderKL`` in fp32 on the CPU, frozen.
+
+    Raises:
+        ValueError: where it is missing, damaged or of another model family, or the bundle holds only LoRAs.
+    """
+    if path.is_dir():
+        vae = load_part(path, "vae", torch.float32)
+    else:
+        bundle = read_bundle(path)
+        _check_merged(bundle)
+        vae = _from_weights("vae", bundle.configs["vae"], bundle.vae)
+    _move(vae, torch.device("cpu"), torch.float32)
+    return vae.requires_grad_(False).eval()
 
 
 def load_builtin(device: torch.device, dtype: torch.dtype) -> DiffusersModel:
@@ -250,6 +265,11 @@ def check_folder(path: Path, part: str) -> None:
         )
 
 
+def _check_merged(bundle: Bundle) -> None:
+    if bundle.kind != "merged":
+        raise ValueError("this bundle holds only LoRAs: give an SD3 folder as the model and the bundle as the LoRA")
+
+
 def _folder_model(path: Path, part: str) -> Any:
     """The model of a folder's configuration on the meta device."""
     config = _read_config(path, part)
@@ -260,7 +280,12 @@ def _folder_model(path: Path, part: str) -> Any:
         raise ValueError(f"{path / part / 'config.json'} cannot be used: {error}") from error
 
 
-def _load_part(path: Path, part: str, dtype: torch.dtype) -> Any:
+def load_part(path: Path, part: str, dtype: torch.dtype) -> Any:
+    """The "transformer" or "vae" of an SD3 folder.
+
+    Raises:
+        ValueError: where it is missing, damaged or of another model family.
+    """
     _read_config(path, part)
     try:
         model, report = _CLASSES[part].from_pretrained(

@@ -7,10 +7,13 @@ sec. 3.1) replaces the noise at sigma = 1 by the latent of the low-quality image
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 TIMESTEP = 1000.0
 """Timestep of the single step; SD3 counts timesteps as ``1000 * sigma``."""
+SHIFT = 3.0
+SCHEDULE_STEPS = 1000
 
 
 def one_step(z: Tensor, velocity: Tensor, strength: float = 1.0) -> Tensor:
@@ -32,3 +35,13 @@ def add_noise(z0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 def x0_from_velocity(z_t: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
     """``z_0 = z_t - sigma v``: the clean latent that a velocity implies at noise level ``sigma``."""
     return z_t - sigma * velocity
+
+
+def shifted(sigma: Tensor, shift: float = SHIFT) -> Tensor:
+    """``m s / (1 + (m - 1) s)``: noise levels moved toward more noise (Esser et al. 2024, eq. 23; SD3 has ``m = 3``)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def schedule(steps: int = SCHEDULE_STEPS, shift: float = SHIFT) -> Tensor:
+    """SD3's noise levels ``(steps,)`` from 1 down to almost 0, fp32."""
+    return shifted(torch.arange(steps, 0, -1) / steps, shift)

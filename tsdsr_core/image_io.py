@@ -24,6 +24,8 @@ FORMATS = {
 _ALPHA = {"PNG", "WEBP", "TIFF"}
 _DEEP = {"PNG", "TIFF"}
 """Formats that hold 16 bits."""
+_GREY = {"1", "L", "LA", "La", "I", "F"}
+"""Pillow's modes without colour, beside those that begin with I;."""
 _LONGEST = {"JPEG": 65500, "WEBP": 16383}
 """Longest sides in pixels that the encoders write."""
 _QUALITY = 95
@@ -46,6 +48,16 @@ class Picture:
     exif: bytes | None = None
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a picture's header says of it."""
+
+    height: int
+    width: int
+    """Sides in pixels as stored; the EXIF orientation may yet swap them."""
+    grey: bool
+
+
 class _RefusedError(ValueError):
     """A file that is read well but not wanted; the message follows the file's name."""
 
@@ -65,6 +77,19 @@ def read_picture(path: Path) -> Picture:
     except _RefusedError as error:
         raise ValueError(f"{path} {error}") from None
     except Exception as error:  # of damaged files, decoders raise whatever they stumble over
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def read_header(path: Path) -> Header:
+    """Size and kind of a picture without decoding it, so that a damaged file may pass.
+
+    Raises:
+        ValueError: for a missing file or one that is no picture, naming it.
+    """
+    try:
+        with Image.open(path) as image:
+            return Header(image.height, image.width, image.mode in _GREY or image.mode.startswith("I;"))
+    except Exception as error:  # as in read_picture
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
 

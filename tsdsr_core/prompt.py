@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from .files import atomic_path
 
 TOKENS_FILE, POOLED_FILE = "prompt_embeds.pt", "pool_embeds.pt"
 TOKENS_KEY, POOLED_KEY = "prompt_embeds", "pooled_prompt_embeds"
@@ -74,6 +76,12 @@ def load_prompt(path: Path) -> PromptEmbeds:
     if set(values) != {TOKENS_KEY, POOLED_KEY}:
         raise ValueError(f"{path} has the keys {sorted(values)[:5]}: expected {TOKENS_KEY} and {POOLED_KEY}")
     return PromptEmbeds(_batched(values[TOKENS_KEY], 3), _batched(values[POOLED_KEY], 2))
+
+
+def save_prompt(path: Path, prompt: PromptEmbeds) -> None:
+    """Write the safetensors file that ``load_prompt`` reads, all or nothing."""
+    with atomic_path(path) as temporary:
+        save_file({TOKENS_KEY: prompt.tokens.contiguous(), POOLED_KEY: prompt.pooled.contiguous()}, temporary)
 
 
 def _load_tensor(path: Path) -> Tensor:

@@ -38,6 +38,12 @@ VAE_CONFIG: dict[str, Any] = {
 }
 TOKENS_SHAPE = (1, 333, 4096)
 POOLED_SHAPE = (1, 2048)
+TRANSFORMER_TARGETS = [
+    "to_k", "to_q", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "proj", "linear", "proj_out",
+]  # fmt: skip
+"""Ends of the names of the modules that the published transformer LoRA adapts."""
+VAE_TARGETS = r"encoder\.(conv_in|conv_out|.*\.(conv1|conv2|conv_shortcut|conv|to_q|to_k|to_v|to_out\.0))"
+"""Those of the autoencoder."""
 
 
 def model_shapes(part: str) -> dict[str, tuple[int, ...]]:

@@ -1,22 +1,32 @@
-"""Training images: folders of photographs and synthetic pictures -> pairs of (low quality, high quality) crops."""
+"""Training images: folders of photographs, prepared folders and synthetic pictures -> pairs of low and high quality."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from ..image_io import read_picture
-from ..jobs import collect
 from ..restore import bicubic
 from . import synthetic
 from .degradations import degrade
+from .prepared import SURROUNDINGS, Prepared, is_prepared
+from .randomness import generator_for
+from .sources import Photos
 
 log = logging.getLogger(__name__)
+Read = TypeVar("Read")
+Folder = Path | tuple[Path, float]
+"""A folder, or a folder and its weight."""
+CACHE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -31,72 +41,225 @@ class Mixture:
     synthetic_share: float
     """Share of synthetic pictures, 0..1."""
 
+    @property
+    def margin(self) -> int:
+        """Pixels around a crop that its degradation sees."""
+        return SURROUNDINGS * self.scale
 
-def load_photos(folders: Sequence[Path], smallest: int) -> list[Tensor]:
-    """All colour images of ``folders`` whose sides are at least ``smallest`` pixels, as uint8 ``(3, H, W)``.
 
-    A file that cannot be read is reported once and left out.
+class Pairs(Dataset[dict[str, Tensor]]):
+    """Endless map-style dataset of training pairs.
 
-    Raises:
-        ValueError: if no image is left.
+    Sample ``index``, any whole number from 0, is a function of (seed, index) alone, whatever process or worker draws it,
+    so that resuming and sharing out among processes need no state.  A file that proves damaged is reported once, also
+    across workers, and another one of its folder is drawn in its place.
     """
-    photos = []
-    for path in collect([str(folder) for folder in folders]).paths:
-        try:
-            picture = read_picture(path)
-        except ValueError as error:
-            log.warning("left out: %s", error)
-            continue
-        if not picture.grey and min(picture.rgb.shape[2:]) >= smallest:
-            photos.append((picture.rgb[0] * 255).round().byte())
-    if not photos:
-        names = ", ".join(map(str, folders))
-        raise ValueError(f"no colour image of at least {smallest}x{smallest} pixels in {names}")
-    return photos
 
+    def __init__(
+        self, folders: Sequence[Folder], mixture: Mixture, seed: int, captions: bool = False, latents: bool = True,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:  # fmt: skip
+        """List the folders; no picture is decoded yet.
 
-class PairSource:
-    """Endless source of training pairs, a function of its generator's state alone."""
+        Args:
+            folders: of photographs (also globs) or made by ``prepare``.  Weights, given to all or none, are the folders'
+                shares of the samples; without them, each picture is drawn as often as any other.
+            captions: give each sample its caption's embeddings; all folders must be prepared with captions, and there
+                are no synthetic pictures.
+            latents: give cached latents, where all folders are prepared and there are no synthetic pictures.
+            cache_bytes: how much decoded photographs of a folder may take, in each process.
 
-    def __init__(self, photos: Sequence[Tensor], mixture: Mixture, generator: Generator) -> None:
-        self.photos = photos
+        Raises:
+            ValueError: for a folder without usable pictures, wrong weights, captions that are missing, or prepared
+                folders that do not fit the mixture or each other.
+        """
+        paths, given = _split_weights(folders)
         self.mixture = mixture
-        self.generator = generator
-        self.margin = 8 * mixture.scale  # the degradation needs surroundings, or each crop has false borders
-        own = torch.Generator().manual_seed(0)  # apart from the run's, or a resumed run would draw other numbers
-        side = max(256, mixture.crop + 2 * self.margin)
-        self.synthetic = [synthetic.picture(side, own) for _ in range(32)]
+        self.seed = seed
+        smallest = mixture.crop + 2 * mixture.margin
+        self.sources = [Prepared(p) if is_prepared(p) else Photos(p, smallest, cache_bytes) for p in paths]
+        self.weights = given or [float(len(source.paths)) for source in self.sources]
+        prepared = [source for source in self.sources if isinstance(source, Prepared)]
+        only_prepared = len(prepared) == len(self.sources) and not mixture.synthetic_share
+        self.has_captions = captions
+        self.has_latents = latents and only_prepared
+        for source in prepared:
+            _check_fit(source, mixture)
+        if captions:
+            _check_captions(self.sources, mixture)
+        _check_shapes(prepared, self._model_tensors)
+        self.synthetic = synthetic_pictures(mixture) if mixture.synthetic_share else []
 
-    def batch(self, count: int) -> tuple[Tensor, Tensor]:
-        """``count`` pairs: bicubically enlarged low quality and high quality, each ``(count, 3, crop, crop)`` in 0..1."""
-        pairs = [self._pair() for _ in range(count)]
-        return torch.stack([low for low, _ in pairs]), torch.stack([high for _, high in pairs])
+    @property
+    def _model_tensors(self) -> list[str]:
+        return ["latent"] * self.has_latents + ["tokens", "pooled"] * self.has_captions
 
-    def _pair(self) -> tuple[Tensor, Tensor]:
-        high = self._crop(self.mixture.crop + 2 * self.margin)
-        names, weights = zip(*self.mixture.presets, strict=True)
-        preset = names[int(torch.multinomial(torch.tensor(weights, dtype=torch.float32), 1, generator=self.generator))]
-        low = degrade(high, self.mixture.scale, preset, self.generator)
-        enlarged = bicubic(low[None], (high.shape[1], high.shape[2]))[0]
-        inner = slice(self.margin, self.margin + self.mixture.crop)
-        return enlarged[:, inner, inner], high[:, inner, inner]
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Sample number ``index``, float32 on the CPU.
 
-    def _crop(self, side: int) -> Tensor:
-        if float(torch.rand((), generator=self.generator)) < self.mixture.synthetic_share:
-            source = self.synthetic[self._int(len(self.synthetic))]
+        Returns:
+            - ``low``: ``(3, crop, crop)`` in 0..1, the low quality enlarged bicubically;
+            - ``high``: ``(3, crop, crop)`` in 0..1;
+            - with ``has_latents``, ``latent``: ``(C, h, w)``, the unscaled posterior mode of ``high``;
+            - with ``has_captions``, ``tokens`` ``(T, D)`` and ``pooled`` ``(P,)``.
+
+            Samples with latents or captions are not flipped or turned: a latent belongs to its pixels as they are, and
+            a caption to what is left, right and upright.
+
+        Raises:
+            ValueError: when every file of the folder drawn from has proved damaged.
+        """
+        generator = generator_for(self.seed, index, "pairs")
+        if float(torch.rand((), generator=generator)) < self.mixture.synthetic_share:
+            return self._from_photo(self.synthetic[_int(len(self.synthetic), generator)], generator)
+        source = self.sources[_weighted(self.weights, generator)]
+        if isinstance(source, Photos):
+            return self._from_photo(_readable(source, source.read, generator), generator)
+        return self._from_prepared(source, generator)
+
+    def _from_photo(self, photo: Tensor, generator: Generator) -> dict[str, Tensor]:
+        low, high = pair_from(photo, self.mixture, generator)
+        return {"low": low, "high": high}
+
+    def _from_prepared(self, source: Prepared, generator: Generator) -> dict[str, Tensor]:
+        mixture = self.mixture
+        names = ["high", *self._model_tensors]
+        cached = f"low_{_int(source.settings.variants, generator)}" if source.settings.variants else None
+        wanted = names if cached is None else [*names, cached]
+        tensors = _readable(source, lambda position: source.read(position, wanted), generator)
+        high = tensors["high"].float() / 255
+        side = mixture.crop + 2 * mixture.margin
+        if cached is None:
+            low = _degraded(_reflected(high, mixture.margin), mixture, generator)
         else:
-            source = self.photos[self._int(len(self.photos))]
-        source_side = side
-        if min(source.shape[1:]) >= 2 * side and self._int(2):  # half-size views: finer detail from the same photo
-            source_side = 2 * side
-        top = self._int(source.shape[1] - source_side + 1)
-        left = self._int(source.shape[2] - source_side + 1)
-        crop = source[:, top : top + source_side, left : left + source_side].float() / 255
-        if source_side != side:
-            crop = torch.nn.functional.avg_pool2d(crop, 2)
-        if self._int(2):
-            crop = crop.flip(2)
-        return torch.rot90(crop, self._int(4), (1, 2))
+            low = bicubic(tensors[cached].float()[None] / 255, (side, side))[0]
+        pair = torch.stack((_cut_margin(low, mixture), high))
+        if not self._model_tensors:
+            pair = turned(pair, generator)
+        return {"low": pair[0], "high": pair[1], **{name: tensors[name].float() for name in self._model_tensors}}
 
-    def _int(self, stop: int) -> int:
-        return int(torch.randint(stop, (1,), generator=self.generator))
+
+def loader(
+    dataset: Dataset[dict[str, Tensor]], batch: int, start: int, rank: int, processes: int, workers: int
+) -> Iterator[dict[str, Tensor]]:
+    """Endless batches from global sample number ``start`` on: each sample's tensors stacked, ``(batch, ...)``.
+
+    Step k of process ``rank``, of ``processes``, takes the samples from ``start + (k * processes + rank) * batch`` on.
+    Nothing is drawn from torch's global generator.
+
+    Args:
+        workers: processes that prepare batches in parallel; 0 prepares them when they are asked for.
+    """
+    firsts = itertools.count(start + rank * batch, processes * batch)
+    indices = (list(range(first, first + batch)) for first in firsts)
+    return iter(DataLoader(dataset, batch_sampler=indices, num_workers=workers, generator=torch.Generator()))
+
+
+def _split_weights(folders: Sequence[Folder]) -> tuple[list[Path], list[float]]:
+    """The folders, and their weights, or none where no folder has one."""
+    if not folders:
+        raise ValueError("no folder of training images: give at least one")
+    weights = [folder[1] for folder in folders if isinstance(folder, tuple)]
+    if len(weights) not in (0, len(folders)):
+        raise ValueError(f"{len(weights)} of {len(folders)} folders have weights: give one to all of them or to none")
+    if not all(weight > 0 and math.isfinite(weight) for weight in weights):
+        raise ValueError(f"folder weights {weights}: expected numbers above 0")
+    return [folder[0] if isinstance(folder, tuple) else folder for folder in folders], weights
+
+
+def _check_fit(source: Prepared, mixture: Mixture) -> None:
+    settings = source.settings
+    if settings.crop != mixture.crop:
+        raise ValueError(f"{source.folder} is prepared with crop {settings.crop}, not {mixture.crop}: train with that crop")
+    if settings.variants and settings.scale != mixture.scale:
+        raise ValueError(
+            f"{source.folder} has degradations of scale {settings.scale}, not {mixture.scale}: train with that scale"
+        )
+
+
+def _check_captions(sources: Sequence[Photos | Prepared], mixture: Mixture) -> None:
+    without = [str(s.folder) for s in sources if not (isinstance(s, Prepared) and s.settings.captions)]
+    if without:
+        raise ValueError(f"no captions for {', '.join(without)}: make them with tsdsr train prepare --captions")
+    if mixture.synthetic_share:
+        raise ValueError(f"synthetic_share = {mixture.synthetic_share}: synthetic pictures have no captions; set it to 0")
+
+
+def _check_shapes(prepared: Sequence[Prepared], names: Sequence[str]) -> None:
+    for name in names:
+        shapes = {str(source.folder): source.shapes[name] for source in prepared}
+        if len({tuple(shape) for shape in shapes.values()}) > 1:
+            raise ValueError(f"{name} of different shapes, {shapes}: prepare all folders with the same base model")
+
+
+def _readable(source: Photos | Prepared, read: Callable[[int], Read], generator: Generator) -> Read:
+    """What ``read`` gives of a random file of ``source``; a damaged one is reported once and another drawn.
+
+    What is drawn does not hang on which files are known to be damaged already.
+    """
+    while not source.bad.all():
+        position = _int(len(source.paths), generator)
+        if source.bad[position]:
+            continue
+        try:
+            return read(position)
+        except ValueError as error:
+            source.bad[position] = True
+            log.warning("left out: %s", error)
+    raise ValueError(f"{source.folder}: none of its {len(source.paths)} files can be read")
+
+
+def _reflected(image: Tensor, margin: int) -> Tensor:
+    """``image`` with mirrored surroundings, or its border's colours where it is too small for that."""
+    return F.pad(image[None], (margin,) * 4, mode="reflect" if margin < min(image.shape[1:]) else "replicate")[0]
+
+
+def synthetic_pictures(mixture: Mixture) -> list[Tensor]:
+    """The 32 synthetic pictures of every run, uint8 ``(3, side, side)``, large enough for a crop with its margin."""
+    own = torch.Generator().manual_seed(0)  # apart from the run's, or a resumed run would draw other numbers
+    side = max(256, mixture.crop + 2 * mixture.margin)
+    return [synthetic.picture(side, own) for _ in range(32)]
+
+
+def pair_from(picture: Tensor, mixture: Mixture, generator: Generator) -> tuple[Tensor, Tensor]:
+    """A random crop of a uint8 ``(3, H, W)`` picture, its low quality enlarged: ``(3, crop, crop)`` in 0..1 each."""
+    high = turned(_view(picture, mixture.crop + 2 * mixture.margin, generator), generator)
+    return _cut_margin(_degraded(high, mixture, generator), mixture), _cut_margin(high, mixture)
+
+
+def turned(image: Tensor, generator: Generator) -> Tensor:
+    """``(..., H, W)`` flipped or not, and turned by a multiple of 90 degrees."""
+    if _int(2, generator):
+        image = image.flip(-1)
+    return torch.rot90(image, _int(4, generator), (-2, -1))
+
+
+def _view(picture: Tensor, side: int, generator: Generator) -> Tensor:
+    """A random square of a picture at its size or, where that is large, at half of it, in 0..1."""
+    source_side = side
+    if min(picture.shape[1:]) >= 2 * side and _int(2, generator):  # half-size views: finer detail from the same photo
+        source_side = 2 * side
+    top = _int(picture.shape[1] - source_side + 1, generator)
+    left = _int(picture.shape[2] - source_side + 1, generator)
+    crop = picture[:, top : top + source_side, left : left + source_side].float() / 255
+    return crop if source_side == side else F.avg_pool2d(crop, 2)
+
+
+def _degraded(high: Tensor, mixture: Mixture, generator: Generator) -> Tensor:
+    """``high`` made worse by a preset drawn by weight, and enlarged again; the same shape."""
+    names, weights = zip(*mixture.presets, strict=True)
+    low = degrade(high, mixture.scale, names[_weighted(weights, generator)], generator)
+    return bicubic(low[None], (high.shape[1], high.shape[2]))[0]
+
+
+def _cut_margin(image: Tensor, mixture: Mixture) -> Tensor:
+    inner = slice(mixture.margin, mixture.margin + mixture.crop)
+    return image[:, inner, inner]
+
+
+def _weighted(weights: Sequence[float], generator: Generator) -> int:
+    return int(torch.multinomial(torch.tensor(weights, dtype=torch.float32), 1, generator=generator))
+
+
+def _int(stop: int, generator: Generator) -> int:
+    return int(torch.randint(stop, (1,), generator=generator))

@@ -13,6 +13,7 @@ All residual branches and the velocity start at zero.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
     "patch_size": 2,
     "in_channels": 16,
     "out_channels": 16,
-    "num_layers": 2,
     "attention_head_dim": 64,
     "num_attention_heads": 2,
     "caption_projection_dim": 128,
@@ -53,10 +53,10 @@ VAE_CONFIG: dict[str, Any] = {
 }
 
 
-def build(seed: int) -> tuple[SD3Transformer2DModel, AutoencoderKL, PromptEmbeds]:
-    """Model, autoencoder and prompt embeddings at their starting weights, fp32 on the CPU."""
+def build(seed: int, layers: int) -> tuple[SD3Transformer2DModel, AutoencoderKL, PromptEmbeds]:
+    """A transformer of ``layers`` blocks, autoencoder and prompt embeddings at their starting weights, fp32 on the CPU."""
     torch.manual_seed(seed)
-    transformer = SD3Transformer2DModel(**TRANSFORMER_CONFIG)
+    transformer = SD3Transformer2DModel(**TRANSFORMER_CONFIG, num_layers=layers)
     vae = AutoencoderKL(**VAE_CONFIG)
     nn.init.zeros_(transformer.proj_out.weight)
     nn.init.zeros_(transformer.proj_out.bias)
@@ -65,6 +65,27 @@ def build(seed: int) -> tuple[SD3Transformer2DModel, AutoencoderKL, PromptEmbeds
     tokens = torch.randn(1, 8, TRANSFORMER_CONFIG["joint_attention_dim"])
     pooled = torch.randn(1, TRANSFORMER_CONFIG["pooled_projection_dim"])
     return transformer, vae, PromptEmbeds(tokens, pooled)
+
+
+@torch.no_grad()
+def grow(transformer: Any, weights: Mapping[str, Tensor]) -> None:
+    """Load the weights of a shallower transformer; the blocks in between are new and change nothing at first.
+
+    The last block differs in shape from the others (it has no context output), so new ones stand before it.
+    """
+    depth = len(transformer.transformer_blocks)
+    known = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("transformer_blocks."))
+    last = f"transformer_blocks.{known - 1}."
+    renamed = {key.replace(last, f"transformer_blocks.{depth - 1}."): value.float() for key, value in weights.items()}
+    missing, unexpected = transformer.load_state_dict(renamed, strict=False)
+    new = [f"transformer_blocks.{index}." for index in range(known - 1, depth - 1)]
+    assert not unexpected
+    assert all(key.startswith(tuple(new)) for key in missing)
+    for index in range(known - 1, depth - 1):
+        block = transformer.transformer_blocks[index]
+        for linear in (block.attn.to_out[0], block.attn.to_add_out, block.ff.net[2], block.ff_context.net[2]):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
 
 def _start_linear(vae: Any) -> None:

@@ -1,0 +1,130 @@
+"""The small model's start, and its training end to end."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tsdsr_core.bundle import BUILTIN, read_bundle
+from tsdsr_core.diffusers_models import load_builtin
+from tsdsr_core.train import small_model, synthetic
+from tsdsr_core.train.batch import Batch
+from tsdsr_core.train.build import Sources, build_networks
+from tsdsr_core.train.config import from_dict
+from tsdsr_core.train.networks import STUDENT, TEACHER
+from tsdsr_core.train.trainers import PretrainTrainer
+
+from .tiny import photo
+
+CPU = torch.device("cpu")
+CONFIG = from_dict({"stage": "pretrain", "model": {"trained": "weights", "layers": 2}, "data": {"crop": 32}})
+
+
+@pytest.fixture
+def trainer():
+    return PretrainTrainer(build_networks(CONFIG, Sources(), CPU), CONFIG)
+
+
+def pairs(count: int, side: int = 32) -> Batch:
+    high = torch.cat([photo(side, side, index) for index in range(count)])
+    low = torch.nn.functional.avg_pool2d(high, 4)
+    low = torch.nn.functional.interpolate(low, scale_factor=4.0, mode="bicubic").clamp(0, 1)
+    return Batch(low, high, range(count), 0)
+
+
+def test_training_starts_near_the_input(trainer):
+    pixels = photo(96, 96, 7)
+    output = trainer.restore(pixels)
+    inner = (slice(None), slice(None), slice(16, 80), slice(16, 80))  # borders suffer from the zero padding
+    both = torch.stack((output[inner].flatten(), pixels[inner].flatten()))
+    assert torch.corrcoef(both)[0, 1] > 0.97
+
+
+def test_the_loss_falls(trainer):
+    batch = pairs(4)
+    optimiser = torch.optim.AdamW(list(trainer.groups[STUDENT].parameters.values()), 1e-3)
+    losses = []
+    for _ in range(25):
+        optimiser.zero_grad()
+        losses.append(float(trainer.accumulate(batch, 0, lambda loss: loss.backward())["pixel"]))
+        optimiser.step()
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_deeper_models_begin_with_what_a_shallower_one_gives():
+    shallow = load_builtin(CPU, torch.float32)
+    layers = shallow.transformer.config["num_layers"]
+    deep = replace(CONFIG, model=replace(CONFIG.model, layers=layers + 2))
+    networks = build_networks(deep, Sources(BUILTIN), CPU)
+    assert len(networks.transformers[STUDENT].transformer_blocks) == layers + 2
+    z, prompt = torch.randn(1, 16, 16, 16), networks.prompt
+    with torch.no_grad():
+        found = networks.velocity(STUDENT, z, torch.ones(1), prompt)
+    assert torch.allclose(found, shallow.velocity(z), atol=1e-5)
+    z = networks.velocity(STUDENT, z, torch.ones(1), prompt)
+    z.square().mean().backward()
+    new = networks.transformers[STUDENT].transformer_blocks[layers - 1]
+    assert new.ff.net[2].weight.grad.abs().max() > 0, "new blocks learn"
+
+
+def test_a_base_with_more_blocks_than_configured_is_refused():
+    layers = read_bundle(BUILTIN).configs["transformer"]["num_layers"]
+    if layers == 2:
+        pytest.skip("the built-in model has the least number of blocks")
+    with pytest.raises(ValueError, match=f"has {layers} blocks: expected at most model.layers = 2"):
+        build_networks(CONFIG, Sources(BUILTIN), CPU)
+
+
+def test_positions_move_from_step_to_step_and_not_in_what_is_judged(trainer):
+    batch, own = pairs(2), trainer.positions.clone()
+    tables = []
+    for step in (0, 0, 1):
+        trainer.accumulate(batch, step, lambda loss: None)
+        tables.append(trainer.table.pos_embed.clone())
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
+    assert all(torch.equal(table.sort(1).values, own.sort(1).values) for table in tables), "the same positions elsewhere"
+    trainer.restore(photo(32, 32))
+    assert torch.equal(trainer.table.pos_embed, own)
+
+
+def test_reconstruction_and_restoration_share_a_batch():
+    """With the step's velocity pushed far off, only the restored samples may suffer."""
+    found = {}
+    for share in (0.0, 0.5, 1.0):
+        config = replace(CONFIG, pretrain=replace(CONFIG.pretrain, reconstruction_share=share))
+        trainer = PretrainTrainer(build_networks(config, Sources(), CPU), config)
+        with torch.no_grad():
+            trainer.networks.transformers[STUDENT].proj_out.bias.fill_(5.0)
+            found[share] = float(trainer.accumulate(pairs(40), 0, lambda loss: None)["raw"])
+    assert 0.4 < (found[0.5] - found[1.0]) / (found[0.0] - found[1.0]) < 0.6
+    assert found[1.0] < 0.3 * found[0.0]
+
+
+def test_the_idle_attention_stays_idle(trainer):
+    trainer.accumulate(pairs(2), 0, lambda loss: loss.backward())
+    for half in (trainer.networks.vae.encoder, trainer.networks.vae.decoder):
+        attention = half.mid_block.attentions[0]
+        assert not attention.to_out[0].weight.any()
+        assert all(parameter.grad is None for parameter in attention.parameters())
+
+
+def test_the_teacher_of_a_small_model_is_its_transformer_alone():
+    networks = build_networks(replace(CONFIG, stage="teacher"), Sources(BUILTIN), CPU)
+    names = networks.parameters(TEACHER)
+    assert names
+    assert all(name.startswith("transformer.") for name in names)
+    assert not any(p.requires_grad for p in networks.vae.parameters())
+
+
+def test_synthetic_pictures_are_varied_and_reproducible():
+    pictures = [synthetic.picture(64, torch.Generator().manual_seed(seed)) for seed in range(6)]
+    assert all(p.shape == (3, 64, 64) and p.dtype == torch.uint8 for p in pictures)
+    assert torch.equal(synthetic.picture(64, torch.Generator().manual_seed(3)), pictures[3])
+    assert sum(p.float().std() > 20 for p in pictures) >= 4
+
+
+def test_the_start_is_a_function_of_the_seed():
+    first, second, third = (small_model.build(seed, 2)[0].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(first[key], third[key]) for key in first)

@@ -1,0 +1,272 @@
+"""``tsdsr train`` as a person runs it: stages, resuming, exports, several processes, what goes wrong."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tsdsr_core.bundle import read_bundle
+from tsdsr_core.cli import main
+from tsdsr_core.colour import match_colour
+from tsdsr_core.image_io import Picture, read_picture, write_picture
+from tsdsr_core.lora import load_lora
+from tsdsr_core.restore import bicubic
+from tsdsr_core.sd3 import TRANSFORMER_TARGETS, VAE_TARGETS, model_shapes
+from tsdsr_core.train.build import Sources, build_networks
+from tsdsr_core.train.checkpoint import read_checkpoint
+from tsdsr_core.train.config import read_config
+from tsdsr_core.train.export import adapter_files
+from tsdsr_core.train.trainers import StudentTrainer
+
+from .tiny import Published, photo
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "tsdsr_core" / "train" / "configs"
+SMALL = ["model.layers=2", "data.crop=32", "run.batch=2", "run.validate_every=100", "optimiser.warmup_steps=0"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for index in range(3):
+        write_picture(folder / f"{index}.png", Picture(photo(200, 240, index)))
+    return folder
+
+
+def train(*arguments) -> int:
+    return main(["train", *map(str, arguments)])
+
+
+def smoke(photos: Path, out: Path, *arguments, settings=(), config="smoke.toml") -> int:
+    return train(CONFIGS / config, "--photos", photos, "--out", out, "--device", "cpu", *arguments, "--set", *SMALL, *settings)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    found = read_checkpoint(out / "last.pt")
+    groups = {f"{group}.{name}": value for group, values in found.weights.items() for name, value in values.items()}
+    return {**groups, **{f"average.{name}": value for name, value in found.average.items()}}
+
+
+def test_the_whole_chain_of_a_small_model_ends_in_a_restorer(photos, tmp_path):
+    """Pretrain, teacher, student, export; each continues from the last, and tsdsr upscale takes the end."""
+    few = ["run.steps=2"]
+    assert smoke(photos, tmp_path / "1", settings=[*few, "stage=pretrain"]) == 0
+    assert train("export", tmp_path / "1" / "last.pt", "-o", tmp_path / "base.safetensors") == 0
+    base = ["--base", tmp_path / "base.safetensors"]
+    assert smoke(photos, tmp_path / "2", *base, settings=[*few, "stage=teacher"]) == 0
+    assert train("export", tmp_path / "2" / "last.pt", *base, "-o", tmp_path / "teacher.safetensors") == 0
+    assert smoke(photos, tmp_path / "3", *base, "--teacher", tmp_path / "teacher.safetensors", settings=few) == 0
+    assert train("export", tmp_path / "3" / "last.pt", *base, "-o", tmp_path / "student.safetensors") == 0
+    bundles = [read_bundle(tmp_path / f"{name}.safetensors") for name in ("base", "teacher", "student")]
+    assert [bundle.notes["stage"] for bundle in bundles] == ["pretrain", "teacher", "student"]
+    decoders = [{k: v for k, v in bundle.vae.items() if k.startswith("decoder")} for bundle in bundles]
+    assert all(torch.equal(decoders[2][key], decoders[0][key]) for key in decoders[0]), "the decoder is not trained"
+    assert any(not torch.equal(bundles[2].vae[key], bundles[0].vae[key]) for key in bundles[0].vae), "the encoder is"
+    model = ["--model", str(tmp_path / "student.safetensors"), "--scale", "1"]
+    assert main(["upscale", str(photos / "0.png"), "-o", str(tmp_path / "out.png"), *model]) == 0
+    assert Image.open(tmp_path / "out.png").size == (240, 200)
+
+
+def test_cut_off_and_resumed_equals_straight_bit_for_bit(photos, tmp_path):
+    base = ["--base", "builtin", "--teacher", BUILTIN]
+    steady = "optimiser.schedule=linear", "objective.perceptual_weight_end=1.0"  # or other steps would be other schedules
+    settings = ["run.save_every=2", *steady]
+    assert smoke(photos, tmp_path / "straight", *base, settings=[*settings, "run.steps=4"]) == 0
+    assert smoke(photos, tmp_path / "halves", *base, settings=[*settings, "run.steps=2"]) == 0
+    assert smoke(photos, tmp_path / "halves", *base, "--resume", settings=[*settings, "run.steps=4"]) == 0
+    expected, found = weights(tmp_path / "straight"), weights(tmp_path / "halves")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert smoke(photos, tmp_path / "halves", *base, settings=settings) == 2, "not over a run by mistake"
+
+
+BUILTIN = ROOT / "tsdsr_core" / "assets" / "builtin.safetensors"
+
+
+def test_two_processes_equal_one(photos, tmp_path):
+    arguments = ["--photos", photos, "--device", "cpu", "--base", "builtin", "--teacher", BUILTIN]
+    settings = [text for text in SMALL if not text.startswith("run.batch")] + ["run.steps=2"]
+    for name, processes, batch in (("one", 1, 2), ("two", 2, 1)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += ["-m", "tsdsr_core", "train"]
+        command += [CONFIGS / "smoke.toml", *arguments, "--out", tmp_path / name, "--set", *settings, f"run.batch={batch}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    start = weights_before(tmp_path / "one")
+    moved = max(float((one[key] - start[key]).abs().max()) for key in start)
+    assert moved > 1e-5
+    differences = torch.cat([(one[key] - two[key]).abs().flatten() for key in one])
+    assert differences.mean() < 1e-5 * moved
+    assert differences.max() < 0.1 * moved, "AdamW makes much of a rounding error where a gradient is nearly nothing"
+
+
+def weights_before(out: Path) -> dict[str, torch.Tensor]:
+    checkpoint = read_checkpoint(out / "last.pt")
+    networks = build_networks(checkpoint.config, Sources(BUILTIN, BUILTIN), torch.device("cpu"))
+    return {
+        f"{role}.{name}": value.detach() for role in checkpoint.weights for name, value in networks.parameters(role).items()
+    }
+
+
+def lora_arguments(published: Published) -> list:
+    prompt = published.embeddings
+    return ["--base", published.sd3, "--embedding-dir", prompt, "--null", prompt]
+
+
+LORA = ["model.trained=lora", "model.rank=4", "objective.wavelet_levels=0", "optimiser.learning_rate=0.01"]
+
+
+def test_exported_loras_reproduce_the_trainers_validation_picture(published, photos, tmp_path):
+    arguments = lora_arguments(published)
+    assert smoke(photos, tmp_path / "run", *arguments, settings=[*LORA, "run.steps=3"]) == 0
+    assert train("export", tmp_path / "run" / "last.pt", "-o", tmp_path / "loras") == 0
+    assert sorted(path.name for path in (tmp_path / "loras").iterdir()) == [
+        "pool_embeds.pt", "prompt_embeds.pt", "transformer.safetensors", "vae.safetensors",
+    ]  # fmt: skip
+    lora = load_lora(tmp_path / "loras" / "transformer.safetensors", "transformer")
+    official = load_lora(published.loras / "transformer.safetensors", "transformer")
+    assert set(lora.pairs) == set(official.pairs), "the published layers"
+
+    write_picture(tmp_path / "low.png", Picture(photo(128, 128)))
+    low = bicubic(read_picture(tmp_path / "low.png").rgb, (512, 512))
+    checkpoint = read_checkpoint(tmp_path / "run" / "last.pt")
+    sources = Sources(published.sd3, None, published.embeddings, published.embeddings)
+    networks = build_networks(checkpoint.config, sources, torch.device("cpu"))
+    with torch.no_grad():
+        for name, parameter in networks.parameters("student").items():
+            parameter.copy_(checkpoint.average[name])
+        plain = StudentTrainer(networks, checkpoint.config).restore(low)
+    expected = match_colour(plain, low, "wavelet", 5).clamp(0, 1)
+
+    def upscaled(*model) -> np.ndarray:
+        arguments = ["upscale", tmp_path / "low.png", "-o", tmp_path / "out.png", "--existing", "overwrite", *model]
+        assert main(list(map(str, arguments))) == 0
+        return np.array(Image.open(tmp_path / "out.png")).astype(float)
+
+    whole = 255 * expected[0].permute(1, 2, 0).numpy()
+    found = upscaled("--model", published.sd3, "--lora-dir", tmp_path / "loras")
+    assert np.abs(found - whole).max() <= 1
+    other = upscaled("--model", published.sd3, "--lora-dir", published.loras, "--embedding-dir", published.embeddings)
+    assert np.abs(other - whole).max() > 5, "other LoRAs give another picture"
+    assert train("export", tmp_path / "run" / "last.pt", "-o", tmp_path / "lora.safetensors") == 0
+    assert np.abs(upscaled("--model", published.sd3, "--lora-dir", tmp_path / "lora.safetensors") - whole).max() <= 1
+
+
+def test_a_teachers_lora_becomes_psi(published, photos, tmp_path):
+    arguments = lora_arguments(published)
+    assert smoke(photos, tmp_path / "t", *arguments, settings=[*LORA, "run.steps=1", "stage=teacher"]) == 0
+    assert train("export", tmp_path / "t" / "last.pt", "-o", tmp_path / "psi") == 0
+    teacher = tmp_path / "psi" / "transformer.safetensors"
+    assert smoke(photos, tmp_path / "s", *arguments, "--teacher", teacher, settings=[*LORA, "run.steps=1"]) == 0
+    exported = adapter_files(read_checkpoint(tmp_path / "t" / "last.pt").average)["transformer"]
+    checkpoint = read_checkpoint(tmp_path / "s" / "last.pt")
+    sources = Sources(published.sd3, teacher, published.embeddings, published.embeddings)
+    networks = build_networks(checkpoint.config, sources, torch.device("cpu"))
+    psi = networks.parameters("teacher")
+    assert len(psi) == len(exported)
+    assert all(torch.equal(psi["transformer." + key.replace(".weight", ".teacher.weight")], exported[key]) for key in exported)
+    assert "teacher" not in checkpoint.weights, "it is not trained any more"
+
+
+def test_validation_tells_figures_and_shows_pictures(photos, tmp_path, capsys):
+    for index in range(2):
+        write_picture(tmp_path / "hq" / f"{index}.png", Picture(photo(512, 512, index)))
+    assert train("evalset", tmp_path / "hq", "--out", tmp_path / "set", "--presets", "light") == 0
+    base = ["--base", "builtin", "--teacher", BUILTIN, "--validation", tmp_path / "set"]
+    assert smoke(photos, tmp_path / "run", *base, settings=["run.steps=1"]) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(tmp_path / "run" / "tsdsr"), size_guidance={"images": 0})
+    log.Reload()
+    scalars = set(log.Tags()["scalars"])
+    assert {"loss/latent", "loss/distribution", "loss/fake", "validation/light/psnr_y"} <= scalars
+    assert 15 < log.Scalars("validation/light/psnr_y")[0].value < 60
+    assert set(log.Tags()["images"]) == {"light/0", "light/1"}
+    assert log.Images("light/0")[0].width == 3 * 512
+
+
+def test_bad_input_is_one_line_and_nothing_is_written(photos, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    bad = tmp_path / "bad.toml"
+    bad.write_text("[run]\nstepz = 3\n")
+    to = "--out", tmp_path / "x"
+    cases = [
+        ([bad, "--photos", photos, *to], "unknown key run.stepz; known keys:"),
+        ([tmp_path / "none.toml", "--photos", photos, *to], "no TOML file that can be read"),
+        (
+            [CONFIGS / "smoke.toml", "--photos", empty, *to, "--base", "builtin", "--teacher", BUILTIN],
+            "empty",
+        ),
+        ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--set", "run.steps=0"], "run.steps = 0"),
+        ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--set", "steps"], "expected TABLE.KEY=VALUE"),
+        ([CONFIGS / "smoke.toml", *to], "--photos and --out are needed"),
+        ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--resume"], "no checkpoint that can be read"),
+        (["export", tmp_path / "none.pt", "-o", tmp_path / "x.safetensors"], "no checkpoint that can be read"),
+    ]
+    for arguments, message in cases:
+        assert train(*arguments) == 2, message
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert len(error.splitlines()) == 1, error
+        assert not list(tmp_path.glob("x*/*.pt"))
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(photos, tmp_path):
+    base = ["--base", "builtin", "--teacher", str(BUILTIN)]
+    assert smoke(photos, tmp_path / "run", *base, settings=["run.steps=1"]) == 0
+    good = (tmp_path / "run" / "last.pt").read_bytes()
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(good) // 2}, {len(good) // 2}))\n"
+        "from tsdsr_core.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = ["train", CONFIGS / "smoke.toml", "--photos", photos, "--out", tmp_path / "run", "--device", "cpu", *base]
+    arguments += ["--resume", "--set", *SMALL, "run.steps=2"]
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2
+    assert "could not be written, the one before it stays" in ended.stderr.strip().splitlines()[-1]
+    assert (tmp_path / "run" / "last.pt").read_bytes() == good
+    assert not list((tmp_path / "run").glob(".last*")), "nothing half-written stays"
+
+
+def test_every_config_that_ships_is_valid():
+    for path in CONFIGS.glob("*.toml"):
+        read_config(path)
+
+
+def test_a_dry_run_counts_sd3_medium(capsys):
+    def counted(*settings: str) -> dict[str, float]:
+        quick = ["objective.name=supervised", "data.crop=64", "model.rank=4", *settings]
+        assert train(CONFIGS / "sd3-medium.toml", "--dry-run", "--set", *quick) == 0
+        lines = capsys.readouterr().out.strip().splitlines()
+        return {line[:30].strip(): float(line[30:].split()[0]) for line in lines}
+
+    found = counted()
+    shapes = [shape for part in ("transformer", "vae") for shape in published_shapes(part)]
+    expected = sum(4 * (shape[0] + math.prod(shape[1:])) for shape in shapes)
+    assert found["trained parameters"] == pytest.approx(expected / 1e6, abs=0.06)
+    assert found["weights"] == pytest.approx((2028 * 2 + 84 * 4) / 1000, rel=0.02)
+    assert counted("data.crop=128")["activations"] > 1.5 * found["activations"]
+    assert counted("model.gradient_checkpointing=false")["activations"] > found["activations"]
+    assert train(CONFIGS / "smoke.toml", "--dry-run") == 2
+
+
+def published_shapes(part: str) -> list[tuple[int, ...]]:
+    """Shapes of the weights that the published LoRAs change."""
+    shapes = model_shapes(part)
+    if part == "vae":
+        return [shape for name, shape in shapes.items() if re.fullmatch(VAE_TARGETS, name)]
+    return [shape for name, shape in shapes.items() if name.endswith(tuple(TRANSFORMER_TARGETS))]

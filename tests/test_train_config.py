@@ -1,0 +1,68 @@
+"""Configurations of training: what is checked, and how it is said."""
+
+from dataclasses import asdict
+
+import pytest
+
+from tsdsr_core.train.command import override
+from tsdsr_core.train.config import Config, from_dict, read_config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("speed = 3", "unknown key speed; known keys: data, model,"),
+        ("[run]\nspeed = 3", "unknown key run.speed; known keys: run.accumulate,"),
+        ("run = 3", r"run = 3: expected a table \[run\]"),
+        ("stage = 'dance'", "stage = 'dance': expected one of pretrain, teacher, student"),
+        ("[run]\nsteps = 'many'", "run.steps = 'many': expected a value of type int"),
+        ("[run]\nsteps = 0", "run.steps = 0: expected at least 1"),
+        ("[run]\nsteps = true", "run.steps = True: expected a value of type int"),
+        ("[run]\nema_decay = 7.0", "run.ema_decay = 7.0: expected a number from 0 to 1"),
+        ("[run]\nprecision = 'fp16'", "run.precision = 'fp16': expected one of fp32, bf16"),
+        ("[data]\ncrop = 33", "data.crop = 33: expected a multiple of 16"),
+        ("[data]\ncrop = 32\nscale = 3", "data.crop = 32: expected a multiple of 48"),
+        ("[data.presets]\nrain = 1.0", "rain"),
+        ("[data]\npresets = {light = 0}", "data.presets"),
+        ("[data]\npresets = {light = -1.0}", "data.presets"),
+        ('[data]\npresets = {light = "much"}', "data.presets"),
+        ("[optimiser]\nlearning_rate = 0.0", "optimiser.learning_rate = 0.0: expected a number above 0"),
+        ("[optimiser]\nclip_norm = nan", "optimiser.clip_norm = nan"),
+        ("[objective]\nname = 'gan'", "objective.name = 'gan': expected one of supervised, vsd, tsd"),
+        ("[objective]\ntrajectory_steps = 30", "a trajectory of 30 steps, 50 indices apart, does not fit"),
+        ("[objective]\nlast_index = 1000", "objective.last_index = 1000: expected less than 1000"),
+        ("[model]\nlayers = 1", "model.layers = 1: expected at least 2"),
+        ("stage = 'pretrain'", "set model.trained = 'weights'"),
+        ("steps =", "no TOML file that can be read"),
+    ],
+)
+def test_what_cannot_be_trained_with_is_named(text, message, tmp_path):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_config(tmp_path / "c.toml")
+    assert "c.toml" in str(caught.value)
+
+
+def test_a_configuration_comes_back_from_its_dictionary():
+    config = from_dict({"stage": "teacher", "run": {"steps": 7}, "data": {"presets": {"light": 1, "heavy": 2.5}}})
+    assert config.run.steps == 7
+    assert from_dict(asdict(config)) == config
+    assert from_dict({}) == Config()
+
+
+def test_settings_are_changed_by_name():
+    config = override(Config(), ["run.steps=5", "stage=teacher", "optimiser.learning_rate=1e-3", 'data.presets={"light": 1.0}'])
+    assert (config.run.steps, config.stage, config.optimiser.learning_rate) == (5, "teacher", 1e-3)
+    assert config.data.presets == {"light": 1.0}
+    for change, message in (("run.steps", "expected TABLE.KEY=VALUE"), ("a.b.c=1", "expected TABLE"), ("run.x=1", "run.x")):
+        with pytest.raises(ValueError, match=message):
+            override(Config(), [change])
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "levels"), [("supervised", 0.7, 1), ("vsd", 1.0, 1), ("tsd", 0.7, 1), ("tsd+dasm", 0.7, 4)]
+)
+def test_objectives_are_one_flag(name, share, levels):
+    objective = from_dict({"objective": {"name": name}}).objective
+    assert objective.vsd_part() == share
+    assert len(objective.trajectory().offsets) == levels

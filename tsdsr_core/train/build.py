@@ -1,0 +1,175 @@
+"""The networks of a run: a small model's own weights, or adapters on Stable Diffusion 3."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from peft import LoraConfig
+from torch import nn
+
+from ..bundle import BUILTIN, read_bundle
+from ..diffusers_models import DiffusersModel, load_bundle, load_part
+from ..lora import load_lora
+from ..prompt import PromptEmbeds, load_prompt
+from ..sd3 import TRANSFORMER_TARGETS, VAE_TARGETS
+from . import small_model
+from .config import Config
+from .networks import FAKE, STUDENT, TEACHER, Condition, Networks
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a run begins; what is None is not needed, or begins at random."""
+
+    base: Path | None = None
+    """weights: a merged bundle, or "builtin". lora: an SD3 folder in diffusers' layout."""
+    teacher: Path | None = None
+    """What stage "teacher" exported: a bundle, or a LoRA of the transformer."""
+    embeddings: Path | None = None
+    """lora: the fixed prompt's embeddings."""
+    null: Path | None = None
+    """lora: the empty prompt's."""
+
+
+def build_networks(config: Config, sources: Sources, device: torch.device) -> Networks:
+    """Load or make the networks that a stage needs.
+
+    Raises:
+        ValueError: for a missing, foreign or unfitting source, saying which argument to give.
+    """
+    torch.manual_seed(config.run.seed)
+    networks = _adapted(config, sources, device) if config.model.trained == "lora" else _separate(config, sources, device)
+    if config.model.gradient_checkpointing:
+        for model in (*networks.transformers.values(), networks.vae, networks.student_vae):
+            model.enable_gradient_checkpointing()
+    return networks
+
+
+def _separate(config: Config, sources: Sources, device: torch.device) -> Networks:
+    """A small model, each role with weights of its own."""
+    base = _small_base(config, sources, device)
+    prompt = _condition(base.prompt)
+    null = Condition(torch.zeros_like(prompt.tokens), torch.zeros_like(prompt.pooled))
+    if config.stage == "teacher":
+        transformers = {TEACHER: base.transformer.requires_grad_(True)}
+        return Networks(transformers, base.vae, base.vae, prompt, null, adapters=False)
+    if config.stage == "pretrain":
+        vae = base.vae.requires_grad_(True)
+        _freeze_idle_attention(vae)
+        return Networks({STUDENT: base.transformer.requires_grad_(True)}, vae, vae, prompt, null, adapters=False)
+    student_vae = copy.deepcopy(base.vae)
+    for part in (student_vae.encoder, student_vae.quant_conv):
+        if part is not None:
+            part.requires_grad_(True)
+    _freeze_idle_attention(student_vae)
+    transformers = {STUDENT: base.transformer.requires_grad_(True)}
+    if config.objective.name != "supervised":
+        if sources.teacher is None:
+            raise ValueError(f"objective {config.objective.name!r} needs --teacher: the bundle that stage 'teacher' exported")
+        teacher = load_bundle(read_bundle(sources.teacher), device, torch.float32)
+        _check_teacher(teacher, base, sources.teacher)
+        transformers |= {TEACHER: teacher.transformer, FAKE: copy.deepcopy(teacher.transformer).requires_grad_(True)}
+    return Networks(transformers, base.vae, student_vae, prompt, null, adapters=False)
+
+
+def _small_base(config: Config, sources: Sources, device: torch.device) -> DiffusersModel:
+    """The base's weights, with new blocks where more are configured; or those that a small model starts from."""
+    if sources.base is None and config.stage != "pretrain":
+        raise ValueError(f"stage {config.stage!r} needs --base: a merged bundle of a small model, or builtin")
+    transformer, vae, prompt = small_model.build(config.run.seed, config.model.layers)
+    if sources.base is None:
+        return DiffusersModel(transformer, vae, prompt, device, torch.float32)
+    start = load_bundle(read_bundle(BUILTIN if str(sources.base) == "builtin" else sources.base), device, torch.float32)
+    layers = start.transformer.config["num_layers"]
+    if config.stage != "pretrain" or layers == config.model.layers:
+        return start
+    if layers > config.model.layers:
+        raise ValueError(f"--base {sources.base} has {layers} blocks: expected at most model.layers = {config.model.layers}")
+    small_model.grow(transformer, start.transformer.state_dict())
+    return DiffusersModel(transformer, start.vae, start.prompt, device, torch.float32)
+
+
+def _condition(prompt: PromptEmbeds) -> Condition:
+    return Condition(prompt.tokens, prompt.pooled)
+
+
+def _freeze_idle_attention(vae: Any) -> None:
+    """The small autoencoder's attention gives nothing, and is to stay so: pictures of any size need none."""
+    for half in (vae.encoder, vae.decoder):
+        half.mid_block.attentions.requires_grad_(False)
+
+
+def _check_teacher(teacher: DiffusersModel, base: DiffusersModel, path: Path) -> None:
+    expected, found = base.vae.state_dict(), teacher.vae.state_dict()
+    same = expected.keys() == found.keys() and all(torch.allclose(found[k], expected[k], atol=1e-3) for k in expected)
+    if not same:
+        raise ValueError(f"--teacher {path} was trained on another autoencoder than that of --base: train it on this base")
+
+
+def _adapted(config: Config, sources: Sources, device: torch.device) -> Networks:
+    """Adapters by role on one base."""
+    if sources.base is None or sources.embeddings is None:
+        raise ValueError(
+            "model.trained = 'lora' needs --base, an SD3 folder, and --embedding-dir, the fixed prompt's embeddings"
+        )
+    guided = config.stage == "teacher" or config.objective.name != "supervised"
+    if guided and sources.null is None:
+        raise ValueError("--null is needed, the empty prompt's embeddings: tsdsr train prepare makes them")
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    transformer = load_part(sources.base, "transformer", dtype).requires_grad_(False).eval()
+    vae = load_part(sources.base, "vae", torch.float32).requires_grad_(False).eval()  # 16 bit would drown the adapter
+    add_adapters(config, transformer, vae)
+    if config.stage == "student" and guided and sources.teacher is not None:
+        load_adapter(transformer, sources.teacher, TEACHER)
+    for model in (transformer, vae):
+        nn.Module.to(model, device)
+    prompt, null = (
+        _condition(load_prompt(path).to(device, torch.float32))
+        for path in (sources.embeddings, sources.null or sources.embeddings)
+    )
+    roles = (STUDENT, TEACHER, FAKE)
+    return Networks(dict.fromkeys(roles, transformer), vae, vae, prompt, null, adapters=True)
+
+
+def add_adapters(config: Config, transformer: SD3Transformer2DModel, vae: AutoencoderKL) -> None:
+    """Adapters of the published layers for the roles that a stage trains, in fp32, at their start: no change."""
+    rank = config.model.rank
+    roles = [TEACHER] if config.stage == "teacher" else [STUDENT]
+    if config.stage == "student" and config.objective.name != "supervised":
+        roles.append(FAKE)
+    for role in roles:
+        transformer.add_adapter(_adapter(rank, TRANSFORMER_TARGETS), role)
+    if STUDENT in roles:
+        vae.add_adapter(_adapter(rank, VAE_TARGETS), STUDENT)
+    for model in (transformer, vae):
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
+
+
+def load_adapter(transformer: Any, path: Path, role: str) -> None:
+    """A LoRA file as a role's adapter, frozen.
+
+    Raises:
+        ValueError: where it does not fit.
+    """
+    lora = load_lora(path, "transformer")
+    rank = next(iter(lora.pairs.values())).rank
+    transformer.add_adapter(_adapter(rank, TRANSFORMER_TARGETS), role)
+    state = {key.replace(".weight", f".{role}.weight"): value for key, value in lora.state_dict().items()}
+    own = dict(transformer.named_parameters())
+    expected = {name for name in own if f".{role}." in name}
+    if expected != state.keys() or any(own[name].shape != value.shape for name, value in state.items()):
+        raise ValueError(f"--teacher {path} does not fit the transformer of --base")
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].data = value.float().to(own[name].device)
+
+
+def _adapter(rank: int, targets: list[str] | str) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)

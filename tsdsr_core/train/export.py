@@ -1,0 +1,109 @@
+"""From a checkpoint to what people install: the official pair of LoRA files, or a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..bundle import Bundle, write_bundle
+from ..diffusers_models import merged_bundle
+from ..files import atomic_path
+from ..lora import TRANSFORMER_FILE, VAE_FILE
+from ..prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds
+from .build import Sources, build_networks
+from .checkpoint import Checkpoint
+from .config import Config
+from .networks import STUDENT, TEACHER, Networks
+from .preview import fit_preview
+
+CPU = torch.device("cpu")
+
+
+def export(checkpoint: Checkpoint, out: Path, base: Path | None, notes: Mapping[str, str]) -> None:
+    """Write the averaged weights of a checkpoint.
+
+    Args:
+        out: with adapters a folder for the official files, or a ``.safetensors`` bundle of the LoRAs; with a small model's own
+            weights a ``.safetensors`` bundle with everything.
+        base: what the run began with; adapters need none.
+
+    Raises:
+        ValueError: for an ``out`` of the wrong kind, or a base that does not fit.
+    """
+    notes = {
+        "stage": checkpoint.config.stage,
+        "objective": checkpoint.config.objective.name,
+        "steps": str(checkpoint.step),
+        **notes,
+    }
+    is_file = out.suffix == ".safetensors"
+    if checkpoint.config.model.trained == "lora":
+        _write_adapters(checkpoint, out, notes if is_file else None)
+    elif not is_file:
+        raise ValueError(f"-o {out}: a small model is exported as one .safetensors file")
+    else:
+        write_bundle(out, _small_bundle(checkpoint, base, notes))
+
+
+def _write_adapters(checkpoint: Checkpoint, out: Path, notes: Mapping[str, str] | None) -> None:
+    """The official files in a folder, or with ``notes`` one LoRA bundle."""
+    parts = adapter_files(checkpoint.average)
+    prompt = PromptEmbeds(checkpoint.prompt["tokens"], checkpoint.prompt["pooled"])
+    if notes is not None:
+        if not parts["vae"]:
+            raise ValueError("a teacher has no encoder LoRA for a bundle: export it into a folder")
+        write_bundle(out, Bundle("lora", prompt, parts["transformer"], parts["vae"], notes=notes))
+        return
+    for part, file in (("transformer", TRANSFORMER_FILE), ("vae", VAE_FILE)):
+        if parts[part]:
+            with atomic_path(out / file) as temporary:
+                save_file({f"transformer.{key}": value for key, value in parts[part].items()}, temporary)
+    for tensor, file in ((prompt.tokens, TOKENS_FILE), (prompt.pooled, POOLED_FILE)):
+        with atomic_path(out / file) as temporary:
+            torch.save(tensor.clone(), temporary)
+
+
+def adapter_files(average: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Parameters of an adapter by part, under PEFT's keys without the adapter's name."""
+    parts: dict[str, dict[str, Tensor]] = {"transformer": {}, "vae": {}}
+    for name, value in average.items():
+        part, _, key = name.partition(".")
+        for role in (STUDENT, TEACHER):
+            key = key.replace(f".{role}.", ".")
+        parts[part][key] = value.detach().cpu().contiguous()
+    return parts
+
+
+def _small_bundle(checkpoint: Checkpoint, base: Path | None, notes: Mapping[str, str]) -> Bundle:
+    config = checkpoint.config
+    plain = replace(config, objective=replace(config.objective, name="supervised"))  # a student alone needs no teacher
+    networks = build_networks(plain, Sources(base), CPU)
+    role = TEACHER if config.stage == "teacher" else STUDENT
+    _fill(networks, role, checkpoint.average)
+    vae: Any = networks.student_vae
+    with torch.no_grad():
+        preview = fit_preview(lambda pixels: vae.encode(pixels).latent_dist.mode())
+    prompt = PromptEmbeds(checkpoint.prompt["tokens"], checkpoint.prompt["pooled"])
+    bundle = merged_bundle(networks.transformers[role], vae, prompt, torch.float16, _defaults(config), notes)
+    return replace(bundle, preview=preview)
+
+
+def _defaults(config: Config) -> dict[str, int]:
+    levels = config.pretrain.wavelet_levels if config.stage == "pretrain" else config.objective.wavelet_levels
+    return {"process_size": 0, **({"wavelet_levels": levels} if levels else {})}
+
+
+@torch.no_grad()
+def _fill(networks: Networks, role: str, values: Mapping[str, Tensor]) -> None:
+    parameters = networks.parameters(role)
+    wrong = [k for k, v in values.items() if k not in parameters or parameters[k].shape != v.shape]
+    if wrong or len(parameters) != len(values):
+        raise ValueError(f"the checkpoint does not fit --base: {len(wrong)} weights differ, such as {', '.join(wrong[:4])}")
+    for name, value in values.items():
+        parameters[name].copy_(value)

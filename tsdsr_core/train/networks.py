@@ -1,0 +1,115 @@
+"""The networks of TSD-SR's training under one roof: student, teacher (psi) and LoRA model (phi), and the autoencoder.
+
+With a large base they are adapters on one set of weights, of which one is active at a time; small models have weights of
+their own each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..flow import TIMESTEP
+
+STUDENT, TEACHER, FAKE = "student", "teacher", "fake"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a denoiser is told of each sample of a batch."""
+
+    tokens: Tensor
+    """``(B, T, D)``."""
+    pooled: Tensor
+    """``(B, P)``."""
+
+    def expanded(self, count: int) -> Condition:
+        """One prompt for ``count`` samples."""
+        return Condition(self.tokens.expand(count, -1, -1), self.pooled.expand(count, -1))
+
+    def where(self, given: Tensor, other: Condition) -> Condition:
+        """This where ``given`` ``(B,)`` is true, else ``other``."""
+        return Condition(
+            torch.where(given[:, None, None], self.tokens, other.tokens), torch.where(given[:, None], self.pooled, other.pooled)
+        )
+
+
+class Networks:
+    """Transformers by role and autoencoders, all on one device."""
+
+    def __init__(
+        self, transformers: Mapping[str, Any], vae: Any, student_vae: Any, prompt: Condition, null: Condition,
+        adapters: bool,
+    ) -> None:  # fmt: skip
+        """Take ready models.
+
+        Args:
+            transformers: ``SD3Transformer2DModel`` by role; with ``adapters`` one model, with an adapter of each role's name.
+            vae: ``AutoencoderKL`` that encodes photographs and decodes; never trained.
+            student_vae: the student's encoder; with ``adapters`` the same object, with an adapter called "student".
+            prompt: what the student is told; null: what guidance leads away from; of one sample each.
+        """
+        self.transformers, self.vae, self.student_vae = dict(transformers), vae, student_vae
+        self.prompt, self.null, self.adapters = prompt, null, adapters
+        self.scaling_factor = float(vae.config["scaling_factor"])
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.prompt.tokens.device
+
+    def velocity(self, role: str, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """``v(z_t, sigma)`` of the network with a role; scaled latents, noise levels ``(B,)``."""
+        self.activate(role)
+        transformer = self.transformers[role]
+        dtype = transformer.dtype
+        velocity = transformer(
+            hidden_states=z.to(dtype), timestep=sigma.float() * TIMESTEP, encoder_hidden_states=condition.tokens.to(dtype),
+            pooled_projections=condition.pooled.to(dtype), return_dict=False,
+        )[0]  # fmt: skip
+        return velocity.to(z.dtype)
+
+    def encode(self, pixels: Tensor, student: bool) -> Tensor:
+        """Scaled latents, the posterior's mode, of pixels ``(B, 3, H, W)`` in 0..1."""
+        vae = self.student_vae if student else self.vae
+        if self.adapters:
+            _switch(vae, STUDENT if student else None)
+        return vae.encode(pixels * 2 - 1).latent_dist.mode() * self.scaling_factor
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pixels in about 0..1 of scaled latents; the decoder has no adapters."""
+        return self.vae.decode(z / self.scaling_factor, return_dict=False)[0] / 2 + 0.5
+
+    def activate(self, role: str) -> None:
+        """Make a role's adapter the active one: before it runs, and again before gradients flow back through it."""
+        if self.adapters:
+            _switch(self.transformers[role], role)
+            if role == STUDENT:
+                _switch(self.student_vae, role)
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """What a role trains, by name: its transformer's and, for the student, its encoder's."""
+        parts = {"transformer": self.transformers[role]}
+        if role == STUDENT:
+            parts["vae"] = self.student_vae
+        found = {}
+        for part, module in parts.items():
+            for name, parameter in module.named_parameters():
+                own = f".{role}." in name if self.adapters else parameter.requires_grad
+                if own:
+                    found[f"{part}.{name}"] = parameter
+        return found
+
+
+def _switch(model: Any, role: str | None) -> None:
+    """Make one adapter of a diffusers model the active one; where it has none of that name, the plain base runs."""
+    known = getattr(model, "peft_config", {})
+    if role in known:
+        model.enable_adapters()
+        model.set_adapter(role)
+    elif known:
+        model.disable_adapters()

@@ -1,0 +1,206 @@
+"""The three trainers: what one batch adds to the gradients, over one loop (``loop``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..colour import wavelet
+from ..flow import one_step, schedule
+from . import losses
+from .batch import Batch
+from .config import Config
+from .networks import FAKE, STUDENT, TEACHER, Condition, Networks
+from .perceptual import distance
+from .randomness import generator_for
+
+Backward = Callable[[Tensor], None]
+"""Adds a loss's gradients to those of the parameters."""
+NULL_SHARE = 0.1
+"""Of the samples that a diffusion model sees without its prompt, so that guidance has something to lead away from."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters with an optimiser of their own."""
+
+    parameters: Mapping[str, nn.Parameter]
+    learning_rate: float
+
+
+class Trainer(Protocol):
+    """What the loop runs."""
+
+    groups: Mapping[str, Group]
+    """By name; the first is what is exported."""
+
+    def accumulate(self, batch: Batch, step: int, backward: Backward) -> dict[str, Tensor]:
+        """Add the gradients of one batch of a step, counted from 0; returns losses by name."""
+        ...
+
+    def restore(self, low: Tensor) -> Tensor | None:
+        """What the model makes of enlarged low-quality pictures ``(B, 3, H, W)`` in 0..1; None where it restores nothing."""
+        ...
+
+
+class TeacherTrainer:
+    """A diffusion model of good pictures: ``psi``."""
+
+    def __init__(self, networks: Networks, config: Config) -> None:
+        self.networks = networks
+        self.groups = {TEACHER: Group(networks.parameters(TEACHER), config.optimiser.learning_rate)}
+
+    def accumulate(self, batch: Batch, step: int, backward: Backward) -> dict[str, Tensor]:
+        """The flow-matching loss on good pictures."""
+        z = latent_of(batch, self.networks)
+        loss = diffusion_loss(self.networks, TEACHER, z, batch)
+        self.networks.activate(TEACHER)
+        backward(loss)
+        return {"teacher": loss.detach()}
+
+    def restore(self, low: Tensor) -> None:
+        """A teacher restores nothing."""
+
+
+class StudentTrainer:
+    """The one-step restorer, and ``phi`` that follows its outputs."""
+
+    def __init__(self, networks: Networks, config: Config) -> None:
+        self.networks, self.objective, self.steps = networks, config.objective, config.run.steps
+        rates = config.optimiser
+        self.groups = {STUDENT: Group(networks.parameters(STUDENT), rates.learning_rate)}
+        self.distils = config.objective.name != "supervised"
+        if self.distils:
+            self.groups[FAKE] = Group(networks.parameters(FAKE), rates.fake_learning_rate)
+        self.distance = distance(config.objective.perceptual, networks.device)
+        self.trajectory = config.objective.trajectory()
+        self.schedule = schedule().to(networks.device)
+
+    def accumulate(self, batch: Batch, step: int, backward: Backward) -> dict[str, Tensor]:
+        """The student's loss, then that of the LoRA model on what the student made."""
+        networks, objective = self.networks, self.objective
+        z = latent_of(batch, networks)
+        z_hat = self._latent(batch.low)
+        parts = {"latent": objective.latent_weight * F.mse_loss(z_hat.float(), z.float())}
+        parts |= self._pixel_terms(z_hat, batch, step)
+        if self.distils:
+            gradient = self._distribution_gradient(z_hat.detach(), z, batch)
+            parts["distribution"] = objective.distribution_weight * losses.surrogate(z_hat, gradient)
+        networks.activate(STUDENT)
+        backward(torch.stack(list(parts.values())).sum())
+        if self.distils:
+            parts["fake"] = diffusion_loss(networks, FAKE, z_hat.detach(), batch)
+            networks.activate(FAKE)
+            backward(parts["fake"])
+        return {name: value.detach() for name, value in parts.items()}
+
+    @torch.no_grad()
+    def restore(self, low: Tensor) -> Tensor:
+        """The one step, without the colour fix."""
+        return self.networks.decode(self._latent(low)).clamp(0, 1)
+
+    def _latent(self, low: Tensor) -> Tensor:
+        z = self.networks.encode(low, student=True)
+        condition = self.networks.prompt.expanded(len(z))
+        return one_step(z, self.networks.velocity(STUDENT, z, z.new_ones(len(z)), condition))
+
+    def _pixel_terms(self, z_hat: Tensor, batch: Batch, step: int) -> dict[str, Tensor]:
+        objective = self.objective
+        first, last = objective.perceptual_weight, objective.perceptual_weight_end
+        weight = first + (last - first) * step / self.steps
+        if not (weight or objective.pixel_weight):
+            return {}
+        pixels = self.networks.decode(z_hat)
+        if objective.wavelet_levels:
+            pixels = wavelet(pixels, batch.low, objective.wavelet_levels)
+        parts = {}
+        if weight:
+            parts["perceptual"] = weight * self.distance(pixels, batch.high)
+        if objective.pixel_weight:
+            parts["pixel"] = objective.pixel_weight * (pixels - batch.high).abs().mean()
+        return parts
+
+    def _distribution_gradient(self, z_hat: Tensor, z: Tensor, batch: Batch) -> Tensor:
+        objective = self.objective
+        given = caption_of(batch, self.networks)
+        null = self.networks.null.expanded(len(z))
+
+        def denoiser(role: str) -> losses.Denoiser:
+            def run(z_t: Tensor, sigma: Tensor, told: bool) -> Tensor:
+                return self.networks.velocity(role, z_t, sigma, given if told else null)
+
+            return losses.guided(run, objective.guidance)
+
+        return losses.distribution_gradient(
+            z_hat, z, batch.noise(z, "distribution"), batch.starts(self.trajectory), self.schedule, self.trajectory,
+            denoiser(TEACHER), denoiser(FAKE), objective.vsd_part(),
+        )  # fmt: skip
+
+
+class PretrainTrainer:
+    """A small model end to end: encoder, transformer and decoder through the colour fix."""
+
+    def __init__(self, networks: Networks, config: Config) -> None:
+        self.networks, self.settings = networks, config.pretrain
+        self.groups = {STUDENT: Group(networks.parameters(STUDENT), config.optimiser.learning_rate)}
+        table = networks.transformers[STUDENT].pos_embed
+        self.table, self.positions = table, table.pos_embed.clone()
+
+    def accumulate(self, batch: Batch, step: int, backward: Backward) -> dict[str, Tensor]:
+        """L1 after and before the colour fix; a share of the samples passes high quality with no step."""
+        self._shift_positions(batch.seed, step)
+        kept = batch.chosen(self.settings.reconstruction_share, "reconstruction")[:, None, None, None]
+        source = torch.where(kept, batch.high, batch.low)
+        output = self._restore(source, (~kept).to(source))
+        fixed = wavelet(output, source, self.settings.wavelet_levels)
+        raw = (output - batch.high).abs().mean()
+        loss = (fixed - batch.high).abs().mean()
+        backward(loss + self.settings.raw_weight * raw)
+        return {"pixel": loss.detach(), "raw": raw.detach()}
+
+    @torch.no_grad()
+    def restore(self, low: Tensor) -> Tensor:
+        """The one step, without the colour fix."""
+        self.table.pos_embed.copy_(self.positions)
+        return self._restore(low, low.new_ones(len(low), 1, 1, 1)).clamp(0, 1)
+
+    def _restore(self, pixels: Tensor, strength: Tensor) -> Tensor:
+        networks = self.networks
+        z = networks.encode(pixels, student=True)
+        velocity = networks.velocity(STUDENT, z, z.new_ones(len(z)), networks.prompt.expanded(len(z)))
+        return networks.decode(one_step(z, strength * velocity))
+
+    def _shift_positions(self, seed: int, step: int) -> None:
+        """Train each step at a random place of the position table, so that large tiles meet no unknown position."""
+        grid = self.table.pos_embed_max_size
+        reach = grid // 5
+        shift = torch.randint(-reach, reach + 1, (2,), generator=generator_for(seed, step, "position")).tolist()
+        self.table.pos_embed.copy_(self.positions.view(grid, grid, -1).roll(shift, (0, 1)).view_as(self.positions))
+
+
+def latent_of(batch: Batch, networks: Networks) -> Tensor:
+    """Scaled latents of the good pictures: prepared ones, or encoded now."""
+    if batch.latent is not None:
+        return batch.latent * networks.scaling_factor
+    with torch.no_grad():
+        return networks.encode(batch.high, student=False)
+
+
+def caption_of(batch: Batch, networks: Networks) -> Condition:
+    """The samples' captions, or the fixed prompt for each."""
+    return networks.prompt.expanded(len(batch.high)) if batch.caption is None else batch.caption
+
+
+def diffusion_loss(networks: Networks, role: str, z: Tensor, batch: Batch) -> Tensor:
+    """The flow-matching loss of a role's network on clean latents, some samples without their prompt."""
+    dropped = batch.chosen(NULL_SHARE, f"{role} prompt")
+    condition = caption_of(batch, networks).where(~dropped, networks.null.expanded(len(z)))
+    return losses.flow_matching(
+        lambda z_t, sigma: networks.velocity(role, z_t, sigma, condition), z, batch.noise(z, f"{role} noise"),
+        batch.levels(f"{role} level"),
+    )  # fmt: skip

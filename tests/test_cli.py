@@ -204,7 +204,10 @@ def run(*arguments: str, **options) -> subprocess.Popen:
 def test_an_interrupt_leaves_whole_files_only(tmp_path):
     for index in range(30):
         write_picture(tmp_path / "in" / f"{index:02}.png", Picture(photo(100, 100, index)))
-    process = run("-m", "tsdsr_core", "upscale", str(tmp_path / "in"), "-o", str(tmp_path / "out"), stderr=subprocess.PIPE)
+    process = run(
+        "-m", "tsdsr_core", "upscale", str(tmp_path / "in"), "-o", str(tmp_path / "out"), stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background jobs ignore it
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list((tmp_path / "out").glob("0*.png")) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -32,6 +32,8 @@ INFERENCE = {
     "vae_tiled",
 }
 """What a host application loads: none of it may need diffusers or the command line's libraries."""
+MEASURES = {"metrics", "spectrum"}
+"""What training measures itself with, too: no command line and no extras either."""
 EXTRAS = {"diffusers", "accelerate", "peft", "transformers", "cv2", "tifffile", "tqdm", "pyiqa", "skimage"}
 
 
@@ -54,7 +56,7 @@ def test_arrows_run_down(path):
         assert level or top not in HOST | {"tsdsr_core"}, f"{path} imports {name}"
         inside_train = "train" in path.relative_to(CORE).parts
         assert inside_train or not (level and top == "train"), f"inference imports training in {path}"
-        if path.parent == CORE and path.stem in INFERENCE:
+        if path.parent == CORE and path.stem in INFERENCE | MEASURES:
             assert top not in EXTRAS | ({"diffusers_models", "image_io", "cli", "commands"} if level else set()), (
                 f"{path}: {name}"
             )
@@ -83,12 +85,12 @@ def test_files_and_functions_stay_small(path):
 
 def test_the_core_of_the_method_loads_without_the_extras():
     code = f"import sys; sys.modules.update(dict.fromkeys({sorted(EXTRAS)!r})); "
-    code += "; ".join(f"import tsdsr_core.{name}" for name in sorted(INFERENCE))
+    code += "; ".join(f"import tsdsr_core.{name}" for name in sorted(INFERENCE | MEASURES))
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_importing_asks_no_device():
-    names = [f"tsdsr_core.{name}" for name in sorted({*INFERENCE, "cli", "device", "image_io", "jobs", "metrics"})]
+    names = [f"tsdsr_core.{name}" for name in sorted({*INFERENCE, *MEASURES, "cli", "device", "image_io", "jobs"})]
     code = (
         "import importlib, torch\n"
         "def asked(*_, **__): raise AssertionError('a device was asked at import')\n"

@@ -1,15 +1,20 @@
 """``tsdsr eval`` on small folders."""
 
-import importlib.util
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 import torch
 
 from tsdsr_core.cli import main
-from tsdsr_core.image_io import Picture, write_picture
-from tsdsr_core.metrics import psnr_y, ssim_y
+from tsdsr_core.commands.evaluate import PAPER
+from tsdsr_core.image_io import Picture, read_picture, write_picture
+from tsdsr_core.metrics import naturalness, psnr_y, ssim_y
 from tsdsr_core.restore import bicubic
+from tsdsr_core.spectrum import grid_peaks, sharpness
 
 from .tiny import photo
 
@@ -87,7 +92,150 @@ def test_pictures_too_small_for_ssim_are_named(tmp_path, capsys):
     assert "at least 11x11" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pyiqa") is not None, reason="pyiqa is installed")
-def test_a_perceptual_metric_without_its_extra_says_what_to_install(folders, capsys):
-    assert evaluate(folders, "--metrics", "lpips") == 2
-    assert "tsdsr[metrics]" in capsys.readouterr().err
+OWN = ("naturalness", "sharpness", "grid_8", "grid_16")
+
+
+@pytest.fixture
+def large(tmp_path):
+    """Pictures large enough for a spectrum; the first result has half the size."""
+    for index in range(2):
+        high = photo(80, 96, index)
+        write_picture(tmp_path / "hq" / f"{index}.png", Picture(high))
+        low = (high + 0.02).clamp(0, 1) if index else bicubic(high, (40, 48))
+        write_picture(tmp_path / "out" / f"{index}.bmp", Picture(low))
+    return tmp_path
+
+
+def test_figures_without_a_reference_come_with_those_of_the_references(large, capsys):
+    assert evaluate(large, "--metrics", "psnr_y", *OWN, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    for index in range(2):
+        high = read_picture(large / "hq" / f"{index}.png").rgb
+        image = bicubic(read_picture(large / "out" / f"{index}.bmp").rgb, (80, 96))
+        expected = {"sharpness": sharpness, "grid_8": lambda x: grid_peaks(x, 8), "grid_16": lambda x: grid_peaks(x, 16)}
+        for name, metric in expected.items():
+            assert report["files"][str(index)][name] == pytest.approx(metric(image).item(), rel=1e-6)
+            assert report["reference_files"][str(index)][name] == pytest.approx(metric(high).item(), rel=1e-6)
+        assert report["files"][str(index)]["naturalness"] == pytest.approx(naturalness(image, high).item(), rel=1e-6)
+    assert list(report["mean"]) == ["psnr_y", *OWN]
+    assert list(report["reference"]) == ["sharpness", "grid_8", "grid_16"]
+    for row, files in (("mean", "files"), ("reference", "reference_files")):
+        for name, value in report[row].items():
+            assert value == pytest.approx(sum(report[files][str(i)][name] for i in range(2)) / 2)
+
+
+def test_the_table_leaves_the_cells_of_references_empty_that_they_do_not_have(large, capsys):
+    assert evaluate(large, "--metrics", "psnr_y", "grid_8") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["0", "1", "mean", "reference"]
+    assert [len(line.split()) for line in lines] == [2, 3, 3, 3, 2]
+    assert lines[-1].endswith(lines[-1].split()[1])
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_reports_without_such_figures_have_no_such_rows(large, capsys):
+    assert evaluate(large, "--json") == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"files", "mean"}
+
+
+def test_a_picture_too_small_for_a_figure_is_named(folders, capsys):
+    assert evaluate(folders, "--metrics", "grid_8") == 2
+    error = capsys.readouterr().err
+    assert "0.bmp: 64x48 pixels are too few" in error
+
+
+def test_an_unknown_device_is_named(large, capsys):
+    assert evaluate(large, "--device", "abacus") == 2
+    assert "unknown device 'abacus'" in capsys.readouterr().err
+
+
+def test_metrics_without_their_extra_say_what_to_install(folders, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    for name, missing in (("lpips", "needed for lpips:"), ("paper", f"needed for {', '.join(PAPER[2:])}:")):
+        assert evaluate(folders, "--metrics", name) == 2
+        error = capsys.readouterr().err
+        assert missing in error
+        assert "pip install 'tsdsr[metrics]'" in error
+
+
+class StandIn:
+    """As much of pyiqa as the command uses, with figures that tell what it was asked."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        assert device == torch.device("cpu")
+        print("Loading pretrained model")  # as pyiqa does, where a report in JSON goes
+        self.name, self.metric_mode = name, "FR" if name in ("lpips", "dists") else "NR"
+
+    def __call__(self, image, reference=None, **settings):
+        print("Found pictures")
+        if self.name == "fid":
+            assert settings == {"num_workers": 0}
+            sets = [[read_picture(path).rgb for path in sorted(Path(folder).iterdir())] for folder in (image, reference)]
+            return sum((a - b).abs().mean() for a, b in zip(*sets, strict=True))  # fails for unequal sizes
+        if self.name == "niqe" and image.mean() > 0.9:
+            raise AssertionError("too bright")
+        assert (reference is None) == (self.metric_mode == "NR")
+        return image.mean() if reference is None else (image - reference).abs().mean()
+
+
+@pytest.fixture
+def pyiqa(monkeypatch):
+    standin = SimpleNamespace(list_models=lambda: [*PAPER[2:], "offline", "broken"], create_metric=StandIn)
+    monkeypatch.setitem(sys.modules, "pyiqa", standin)
+    return standin
+
+
+def test_paper_stands_for_the_table_of_the_paper(large, capsys, pyiqa):
+    assert evaluate(large, "--metrics", "paper", "--device", "cpu", "--json") == 0
+    output = capsys.readouterr()
+    report = json.loads(output.out)
+    assert "Loading pretrained model" in output.err
+    assert list(report["mean"]) == [name for name in PAPER if name != "fid"]
+    assert list(report["reference"]) == ["niqe", "musiq", "maniqa-pipal", "clipiqa"]
+    high, image = (
+        torch.cat([bicubic(read_picture(large / folder).rgb, (80, 96)) for folder in names])
+        for names in (("hq/0.png", "hq/1.png"), ("out/0.bmp", "out/1.bmp"))
+    )
+    assert report["mean"]["lpips"] == pytest.approx((image - high).abs().mean().item(), rel=1e-5)
+    assert report["mean"]["musiq"] == pytest.approx(image.mean().item(), rel=1e-5)
+    assert report["reference"]["musiq"] == pytest.approx(high.mean().item(), rel=1e-5)
+    rounded = (image * 255).round() / 255
+    assert report["set"] == {"fid": pytest.approx(2 * (rounded - high).abs().mean().item(), rel=1e-4)}
+
+
+def test_columns_keep_the_order_asked_for_and_sets_have_a_row(large, capsys, pyiqa):
+    assert evaluate(large, "--metrics", "fid", "maniqa-pipal", "psnr_y", "fid", "--device", "cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["fid", "maniqa-pipal", "psnr_y"]
+    assert [line.split()[0] for line in lines[1:]] == ["0", "1", "mean", "reference", "set"]
+    assert [len(line.split()) for line in lines[1:]] == [3, 3, 3, 2, 2]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_what_pyiqa_cannot_do_is_one_clear_error(large, capsys, pyiqa, monkeypatch):
+    def create(name, device):
+        if name == "offline":
+            raise URLError("Name or service not known")
+        if name == "broken":
+            raise ModuleNotFoundError("No module named 'pkg_resources'")
+        return StandIn(name, device)
+
+    monkeypatch.setattr(pyiqa, "create_metric", create)
+    write_picture(large / "out" / "1.bmp", Picture(torch.ones(1, 3, 80, 96)))
+    for name, message in (
+        ("sharpnes", "unknown metrics sharpnes: expected names of --help or of pyiqa.list_models()"),
+        ("offline", "metric offline: its weights cannot be fetched"),
+        ("broken", "metric broken: a package of pyiqa's is missing: pip install 'tsdsr[metrics]'"),
+        ("niqe", "1.bmp: metric niqe fails: AssertionError: too bright"),
+    ):
+        assert evaluate(large, "--metrics", name, "--device", "cpu") == 2
+        output = capsys.readouterr()
+        assert message in output.err
+        assert not output.out
+
+
+def test_sets_of_one_picture_are_refused(large, capsys, pyiqa):
+    for path in (large / "hq" / "1.png", large / "out" / "1.bmp"):
+        path.unlink()
+    assert evaluate(large, "--metrics", "fid", "--device", "cpu") == 2
+    assert "fid: sets of one picture cannot be compared; expected at least 2" in capsys.readouterr().err

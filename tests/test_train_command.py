@@ -189,6 +189,7 @@ def test_validation_tells_figures_and_shows_pictures(photos, tmp_path, capsys):
     log.Reload()
     scalars = set(log.Tags()["scalars"])
     assert {"loss/latent", "loss/distribution", "loss/fake", "validation/light/psnr_y"} <= scalars
+    assert {"validation/light/sharpness", "validation/light/grid_8", "validation/light/grid_16"} <= scalars
     assert 15 < log.Scalars("validation/light/psnr_y")[0].value < 60
     assert set(log.Tags()["images"]) == {"light/0", "light/1"}
     assert log.Images("light/0")[0].width == 3 * 512

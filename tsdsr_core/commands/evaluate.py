@@ -1,7 +1,8 @@
 """compare a folder of results, or of inputs, with references
 
 Pictures are matched by name without suffix.  Where one is smaller than its reference, as an input is, it is enlarged
-bicubically first, which gives the baseline of plain resizing.
+bicubically first, which gives the baseline of plain resizing.  Metrics that need no reference are also taken of the
+references, in the row "reference"; those that compare all results with all references are in the row "set".
 """
 
 from __future__ import annotations
@@ -9,20 +10,44 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from ..device import DEVICES, choose_device
 from ..image_io import FORMATS, read_picture
 from ..jobs import is_picture
-from ..metrics import SSIM_WINDOW, mean, psnr_y, ssim_y
+from ..metrics import SSIM_WINDOW, mean, naturalness, psnr_y, ssim_y
 from ..restore import bicubic
+from ..spectrum import PERIODS, grid_peaks, sharpness
+from .perceptual import Metric, compare_sets, load_metrics
 
-Metric = Callable[[Tensor, Tensor], float]
-NATIVE: dict[str, Metric] = {
-    "psnr_y": lambda image, reference: float(psnr_y(image, reference)),
-    "ssim_y": lambda image, reference: float(ssim_y(image, reference)),
+Row = dict[str, float]
+DEFAULT = ("psnr_y", "ssim_y")
+PAPER = ("psnr_y", "ssim_y", "lpips", "dists", "niqe", "musiq", "maniqa-pipal", "clipiqa", "fid")
+"""The table of the TSD-SR paper; its authors' test script takes MANIQA as trained on PIPAL."""
+
+
+def _pair(function: Callable[[Tensor, Tensor], Tensor]) -> Metric:
+    return Metric(lambda image, reference: float(function(image, reference)), "pair")
+
+
+def _alone(function: Callable[[Tensor], Tensor]) -> Metric:
+    return Metric(lambda image: float(function(image)), "alone")
+
+
+NATIVE = {
+    "psnr_y": _pair(psnr_y),
+    "ssim_y": _pair(ssim_y),
+    "naturalness": _pair(naturalness),
+    "sharpness": _alone(sharpness),
+    **{f"grid_{period}": _alone(partial(grid_peaks, period=period)) for period in PERIODS},
 }
+"""Metrics that need nothing but this package."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,31 +57,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics",
         nargs="+",
-        default=list(NATIVE),
+        default=DEFAULT,
         metavar="NAME",
-        help=f"{', '.join(NATIVE)}, or a name that pyiqa knows (lpips, dists, musiq, ...), which fetches its weights",
+        help=f"{', '.join(NATIVE)}, or a name that pyiqa knows (lpips, dists, musiq, ...), which fetches its weights; "
+        f"paper is short for {' '.join(PAPER)}",
     )
+    parser.add_argument("--device", default="auto", metavar="|".join(DEVICES), help="where pyiqa's networks run")
     parser.add_argument("--json", action="store_true", help="report as one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run ``tsdsr eval``; returns the exit code."""
     pairs = match_pairs(options.lq, options.hq)
-    metrics = {name: NATIVE.get(name) or _perceptual(name) for name in options.metrics}
-    rows: dict[str, dict[str, float]] = {}
-    for name, image_path, reference_path in pairs:
-        reference = read_picture(reference_path).rgb
-        image = read_picture(image_path).rgb
-        check_sizes(image_path, image, reference_path, reference)
-        image = bicubic(image, (reference.shape[2], reference.shape[3]))
-        rows[name] = {metric: function(image, reference) for metric, function in metrics.items()}
-    means = {metric: mean([row[metric] for row in rows.values()]) for metric in metrics}
+    metrics = choose_metrics(options.metrics, choose_device(options.device))
+    report = measure(pairs, metrics)
     if options.json:
-        report = {"files": rows, "mean": means}
         print(json.dumps(json.loads(json.dumps(report), parse_constant=lambda _: None)))  # JSON has no infinity
     else:
-        _print_table(rows, means)
+        _print_table(report, list(metrics))
     return 0
+
+
+def choose_metrics(names: list[str], device: torch.device) -> dict[str, Metric]:
+    """The metrics called ``names``, in their order, "paper" as its parts; pyiqa's run on ``device``.
+
+    Raises:
+        ValueError: as ``load_metrics``.
+    """
+    wanted = dict.fromkeys(part for name in names for part in (PAPER if name == "paper" else (name,)))
+    foreign = [name for name in wanted if name not in NATIVE]
+    loaded = {**NATIVE, **(load_metrics(foreign, device) if foreign else {})}
+    return {name: loaded[name] for name in wanted}
+
+
+def measure(pairs: list[tuple[str, Path, Path]], metrics: dict[str, Metric]) -> dict[str, Any]:
+    """All figures by metric: of each of the "files", their "mean", and of references and sets where ``metrics`` has such.
+
+    Raises:
+        ValueError: for a picture that cannot be read, compared with its reference or measured, naming it.
+    """
+    single, alone, sets = (
+        {name: metric for name, metric in metrics.items() if metric.kind in kinds}
+        for kinds in (("pair", "alone"), ("alone",), ("set",))
+    )
+    rows: dict[str, Row] = {}
+    references: dict[str, Row] = {}
+    for name, image_path, reference_path in tqdm(pairs, unit="picture", disable=None):
+        image, reference = _read_pair(image_path, reference_path)
+        rows[name] = _score(single, image_path, image, reference)
+        references[name] = _score(alone, reference_path, reference, reference)
+    report = {"files": rows, "mean": _means(rows, single)}
+    if alone:
+        report |= {"reference_files": references, "reference": _means(references, alone)}
+    if sets:
+        report["set"] = compare_sets(sets, ((name, *_read_pair(*paths)) for name, *paths in pairs))
+    return report
+
+
+def _read_pair(image_path: Path, reference_path: Path) -> tuple[Tensor, Tensor]:
+    """Image, enlarged to the size of its reference, and reference."""
+    image, reference = read_picture(image_path).rgb, read_picture(reference_path).rgb
+    check_sizes(image_path, image, reference_path, reference)
+    return bicubic(image, (reference.shape[2], reference.shape[3])), reference
+
+
+def _score(metrics: dict[str, Metric], path: Path, image: Tensor, reference: Tensor) -> Row:
+    try:
+        return {
+            name: metric.score(image) if metric.kind == "alone" else metric.score(image, reference)
+            for name, metric in metrics.items()
+        }
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _means(rows: dict[str, Row], metrics: dict[str, Metric]) -> Row:
+    return {name: mean([row[name] for row in rows.values()]) for name in metrics}
 
 
 def check_sizes(image_path: Path, image: Tensor, reference_path: Path, reference: Tensor) -> None:
@@ -97,21 +173,12 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def _perceptual(name: str) -> Metric:
-    try:
-        import pyiqa  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise ValueError(f"metric {name!r} needs the metrics extra: pip install 'tsdsr[metrics]' ({error})") from error
-    if name not in pyiqa.list_models():
-        raise ValueError(f"unknown metric {name!r}: expected {', '.join(NATIVE)} or one of pyiqa.list_models()")
-    metric = pyiqa.create_metric(name)
-    if metric.metric_mode == "NR":
-        return lambda image, reference: float(metric(image))
-    return lambda image, reference: float(metric(image, reference))
-
-
-def _print_table(rows: dict[str, dict[str, float]], means: dict[str, float]) -> None:
-    width = max(len("mean"), *(len(name) for name in rows))
-    print(" " * width, *(f"{metric:>10}" for metric in means))
-    for name, row in {**rows, "mean": means}.items():
-        print(f"{name:{width}}", *(f"{value:10.4f}" for value in row.values()))
+def _print_table(report: dict[str, Any], metrics: list[str]) -> None:
+    """Pictures and then means, references and sets as rows; a cell stays empty where a metric has no such figure."""
+    rows = {**report["files"], **{label: report[label] for label in ("mean", "reference", "set") if label in report}}
+    first = max(map(len, rows))
+    widths = {metric: max(10, len(metric)) for metric in metrics}
+    print(" " * first, *(f"{metric:>{width}}" for metric, width in widths.items()))
+    for name, row in rows.items():
+        cells = (f"{row[metric]:{width}.4f}" if metric in row else " " * width for metric, width in widths.items())
+        print(f"{name:{first}}", *cells)

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..tsdsr_core.colour import METHODS, WAVELET_LEVELS
 from ..tsdsr_core.memory import TILE_SIDES
 from ..tsdsr_core.tile_plan import OVERLAP, TILE
-from ..tsdsr_core.vae_plan import check_tile
 from .host import running
 from .host.sampling import StepSettings
 from .host.schema import field
@@ -68,16 +67,6 @@ def prompt_tokens() -> Any:
         io.Int, "prompt_tokens", default=0, min=0, max=4096, optional=True, advanced=True,
         tooltip="Keeps only so many of the prompt's tokens, those that differ most: quicker, not as published. 0 keeps all.",
     )  # fmt: skip
-
-
-def vae_side(vae_tile: int) -> int | None:
-    """The checked side of VAE tiles for the core.
-
-    Raises:
-        ValueError: for one that is too small.
-    """
-    check_tile(vae_tile or None)
-    return vae_tile or None
 
 
 def colour_fix(source: str, levels: int = WAVELET_LEVELS, automatic: str = "") -> Any:

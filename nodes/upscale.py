@@ -74,7 +74,7 @@ class Upscale(io.ComfyNode):
         restorer = Restorer(
             model, vae, conditioning, inputs.step_settings(strength, tile, tile_overlap, tile_batch),
             Options(colour_fix=color_fix["color_fix"], **defaults), _target((rgb.shape[2], rgb.shape[3]), size),
-            inputs.vae_side(vae_tile),
+            vae_tile or None,
         )  # fmt: skip
         sampling.check_model(model)
         sampling.check_conditioning(conditioning, model)

@@ -42,7 +42,7 @@ class Encode(io.ComfyNode):
         rgb, _ = inputs.to_core(image)
         size = plan_target((rgb.shape[2], rgb.shape[3]), host_vae.factor_of(vae) * _PATCH, process_size=0)
         progress = running.Progress(len(rgb) * host_vae.UNITS)
-        latents = host_vae.encode(vae, to_pixels(rgb, size), progress, inputs.vae_side(vae_tile))
+        latents = host_vae.encode(vae, to_pixels(rgb, size), progress, vae_tile or None)
         return io.NodeOutput({"samples": latents, _SIZE: size.work})
 
 
@@ -74,5 +74,5 @@ class Decode(io.ComfyNode):
         if size.padded != padded:  # another node changed the latent's size
             size = plan_target(padded, 1, process_size=0)
         progress = running.Progress(len(samples) * host_vae.UNITS)
-        pixels = host_vae.decode(vae, samples, progress, inputs.vae_side(vae_tile))
+        pixels = host_vae.decode(vae, samples, progress, vae_tile or None)
         return io.NodeOutput(inputs.to_host(from_pixels(pixels, size), None))

@@ -198,7 +198,7 @@ def test_checkpoints_of_other_models_are_refused(small, adapted, tmp_path):
     loop = make(settings, small, tmp_path)
     train(loop, settings)
     other = make(config("teacher", "lora"), adapted, tmp_path / "other")
-    with pytest.raises(ValueError, match="the teacher in the checkpoint are of another model"):
+    with pytest.raises(ValueError, match="the teacher in the checkpoint is of another model"):
         other.resume(read_checkpoint(tmp_path / "last.pt"))
 
 

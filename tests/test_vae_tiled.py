@@ -10,11 +10,11 @@ from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tsdsr_core import vae_tiled
 from tsdsr_core.sd3 import VAE_CONFIG
+from tsdsr_core.train.dry_run import LiveBytes
 from tsdsr_core.vae_plan import LEAST_TILE, plan_places
 from tsdsr_core.vae_program import decoder_program, encoder_program
 from tsdsr_core.vae_tiled import measure, merge, run
@@ -326,26 +326,6 @@ def test_maps_in_host_memory_are_written_late_and_right(monkeypatch, keys):
     assert set(late) == {0, 1}
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of living tensors, but for those marked as maps in host memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.living: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.maps: set[int] = set()
-        self.most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **kwargs or {})
-        for tensor in results if isinstance(results, tuple | list) else [results]:
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.maps:
-                storage = tensor.untyped_storage()
-                self.living[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.living = {key: entry for key, entry in self.living.items() if not entry[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self.living.values()))
-        return results
-
-
 class MetaMover(vae_tiled.Mover):
     """Keeps what a GPU keeps: the three last tiles that came, and the last result, which is on its way back."""
 
@@ -377,12 +357,12 @@ def test_counted_memory_is_the_planned_one(monkeypatch, half, side, maps, keys, 
         1, *((16, side // 8, side // 8) if half == "decoder" else (3, side, side)), dtype=torch.float16, device="meta"
     )
     plan = plan_for(program, x, None, maps, keys, int(free * 1e9))
-    live, space, kept = LiveBytes(), vae_tiled._Picture._space, []
+    live, space, kept = LiveBytes([]), vae_tiled._Picture._space, []
 
     def marked_space(picture, step, place):
         with _disable_current_modes():  # a map in host memory does not count
             kept.append(space(picture, step, "device"))
-        live.maps.add(kept[-1].untyped_storage()._cdata)
+        live.known.add(kept[-1].untyped_storage()._cdata)
         return kept[-1]
 
     def counted_space(picture, step, place):
@@ -392,7 +372,7 @@ def test_counted_memory_is_the_planned_one(monkeypatch, half, side, maps, keys, 
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, key, value: torch.empty_like(query))
     if maps == "host":
         monkeypatch.setattr(vae_tiled, "Mover", MetaMover)
-        live.maps.add(x.untyped_storage()._cdata)
+        live.known.add(x.untyped_storage()._cdata)
     with live:
         result = run(program, x, plan, torch.device("meta"))
     most = live.most - (maps == "host") * result.untyped_storage().nbytes()  # it would be in host memory, as x is

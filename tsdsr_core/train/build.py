@@ -81,8 +81,8 @@ def _small_base(config: Config, sources: Sources, device: torch.device) -> Diffu
     """The base's weights, with new blocks where more are configured; or those that a small model starts from."""
     if sources.base is None and config.stage != "pretrain":
         raise ValueError(f"stage {config.stage!r} needs --base: a merged bundle of a small model, or builtin")
-    transformer, vae, prompt = small_model.build(config.run.seed, config.model.layers)
     if sources.base is None:
+        transformer, vae, prompt = small_model.build(config.run.seed, config.model.layers)
         return DiffusersModel(transformer, vae, prompt, device, torch.float32)
     start = load_bundle(read_bundle(BUILTIN if str(sources.base) == "builtin" else sources.base), device, torch.float32)
     layers = start.transformer.config["num_layers"]
@@ -90,6 +90,7 @@ def _small_base(config: Config, sources: Sources, device: torch.device) -> Diffu
         return start
     if layers > config.model.layers:
         raise ValueError(f"--base {sources.base} has {layers} blocks: expected at most model.layers = {config.model.layers}")
+    transformer, _, _ = small_model.build(config.run.seed, config.model.layers)
     small_model.grow(transformer, start.transformer.state_dict())
     return DiffusersModel(transformer, start.vae, start.prompt, device, torch.float32)
 

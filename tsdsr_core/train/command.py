@@ -21,7 +21,7 @@ from .batch import Batch
 from .build import Sources, build_networks
 from .checkpoint import FILE, read_checkpoint
 from .config import Config, from_dict, read_config
-from .data import Folder, Mixture, Pairs, loader
+from .data import Folder, Mixture, Pairs, batch_numbers, loader
 from .degradations import PRESETS
 from .dry_run import Estimate, estimate
 from .evaluation import SIDE, make_evaluation_set
@@ -116,11 +116,9 @@ def _batches(config: Config, photos: list[str], accelerator: Accelerator, loop: 
     data, run = config.data, config.run
     mixture = Mixture(data.crop, data.scale, tuple(data.presets.items()), data.synthetic_share)
     source = Pairs([_folder(text) for text in photos], mixture, run.seed, captions=data.captions)
-    start, rank, processes = loop.step * loop.samples, accelerator.process_index, accelerator.num_processes
-    samples = loader(source, run.batch, start, rank, processes, data.workers)
-    for turn, sample in enumerate(samples):
-        first = start + (turn * processes + rank) * run.batch
-        yield Batch.of(sample, range(first, first + run.batch), run.seed, accelerator.device)
+    place = run.batch, loop.step * loop.samples, accelerator.process_index, accelerator.num_processes
+    for numbers, sample in zip(batch_numbers(*place), loader(source, *place, data.workers), strict=True):
+        yield Batch.of(sample, numbers, run.seed, accelerator.device)
 
 
 def _folder(text: str) -> Folder:

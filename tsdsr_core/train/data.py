@@ -150,9 +150,14 @@ def loader(
     Args:
         workers: processes that prepare batches in parallel; 0 prepares them when they are asked for.
     """
-    firsts = itertools.count(start + rank * batch, processes * batch)
-    indices = (list(range(first, first + batch)) for first in firsts)
+    indices = batch_numbers(batch, start, rank, processes)
     return iter(DataLoader(dataset, batch_sampler=indices, num_workers=workers, generator=torch.Generator()))
+
+
+def batch_numbers(batch: int, start: int, rank: int, processes: int) -> Iterator[list[int]]:
+    """The numbers of the samples in each batch of ``loader``, endlessly."""
+    firsts = itertools.count(start + rank * batch, processes * batch)
+    return (list(range(first, first + batch)) for first in firsts)
 
 
 def _split_weights(folders: Sequence[Folder]) -> tuple[list[Path], list[float]]:

@@ -19,7 +19,7 @@ from ..prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds
 from .build import Sources, build_networks
 from .checkpoint import Checkpoint
 from .config import Config
-from .networks import STUDENT, TEACHER, Networks
+from .networks import STUDENT, TEACHER, set_parameters
 from .preview import fit_preview
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def _small_bundle(checkpoint: Checkpoint, base: Path | None, notes: Mapping[str,
     plain = replace(config, objective=replace(config.objective, name="supervised"))  # a student alone needs no teacher
     networks = build_networks(plain, Sources(base), CPU)
     role = TEACHER if config.stage == "teacher" else STUDENT
-    _fill(networks, role, checkpoint.average)
+    set_parameters(networks.parameters(role), checkpoint.average, "the checkpoint (give what the run began with as --base)")
     vae: Any = networks.student_vae
     with torch.no_grad():
         preview = fit_preview(lambda pixels: vae.encode(pixels).latent_dist.mode())
@@ -97,13 +97,3 @@ def _small_bundle(checkpoint: Checkpoint, base: Path | None, notes: Mapping[str,
 def _defaults(config: Config) -> dict[str, int]:
     levels = config.pretrain.wavelet_levels if config.stage == "pretrain" else config.objective.wavelet_levels
     return {"process_size": 0, **({"wavelet_levels": levels} if levels else {})}
-
-
-@torch.no_grad()
-def _fill(networks: Networks, role: str, values: Mapping[str, Tensor]) -> None:
-    parameters = networks.parameters(role)
-    wrong = [k for k, v in values.items() if k not in parameters or parameters[k].shape != v.shape]
-    if wrong or len(parameters) != len(values):
-        raise ValueError(f"the checkpoint does not fit --base: {len(wrong)} weights differ, such as {', '.join(wrong[:4])}")
-    for name, value in values.items():
-        parameters[name].copy_(value)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .batch import Batch
 from .checkpoint import FILE, Checkpoint, write_checkpoint
 from .config import Config, Optimiser
+from .networks import set_parameters
 from .trainers import Trainer
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Loop:
             ValueError: where it is of another model.
         """
         for name, group in self.trainer.groups.items():
-            _load(group.parameters, checkpoint.weights.get(name, {}), name)
+            set_parameters(group.parameters, checkpoint.weights.get(name, {}), f"the {name} in the checkpoint")
             self.optimisers[name].load_state_dict(checkpoint.optimisers[name])
         self.average = {name: checkpoint.average[name].to(value) for name, value in self.average.items()}
         self.step = checkpoint.step
@@ -88,11 +89,11 @@ class Loop:
     def averaged(self) -> Iterator[None]:
         """The first group with its averaged weights."""
         own = {name: parameter.detach().clone() for name, parameter in self.first.items()}
-        _load(self.first, self.average, "average")
+        set_parameters(self.first, self.average, "the average")
         try:
             yield
         finally:
-            _load(self.first, own, "weights")
+            set_parameters(self.first, own, "the weights")
 
     def _one_step(self, batches: Iterator[Batch]) -> dict[str, float]:
         factor = learning_rate_factor(self.config.optimiser, self.step, self.config.run.steps)
@@ -171,17 +172,3 @@ def learning_rate_factor(settings: Optimiser, step: int, steps: int) -> float:
         return min(1.0, (steps - step) / max(1, settings.decay_steps))
     position = (step - warmup) / (steps - warmup) * settings.cycles
     return 0.5 * (1 + math.cos(math.pi * (position % 1)))
-
-
-@torch.no_grad()
-def _load(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], what: str) -> None:
-    wrong = sorted(
-        name for name in parameters.keys() | values.keys()
-        if name not in parameters or name not in values or parameters[name].shape != values[name].shape
-    )  # fmt: skip
-    if wrong:
-        raise ValueError(
-            f"the {what} in the checkpoint are of another model: {len(wrong)} differ, such as {', '.join(wrong[:4])}"
-        )
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])

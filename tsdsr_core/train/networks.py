@@ -105,6 +105,23 @@ class Networks:
         return found
 
 
+@torch.no_grad()
+def set_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], what: str) -> None:
+    """Copy ``values`` into the parameters of the same names; ``what`` they are, for the error.
+
+    Raises:
+        ValueError: where names or shapes differ; nothing is changed then.
+    """
+    wrong = sorted(
+        name for name in parameters.keys() | values.keys()
+        if name not in parameters or name not in values or parameters[name].shape != values[name].shape
+    )  # fmt: skip
+    if wrong:
+        raise ValueError(f"{what} is of another model: {len(wrong)} weights differ, such as {', '.join(wrong[:4])}")
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
 def _switch(model: Any, role: str | None) -> None:
     """Make one adapter of a diffusers model the active one; where it has none of that name, the plain base runs."""
     known = getattr(model, "peft_config", {})

@@ -13,14 +13,13 @@ from ..colour import match_colour
 from ..image_io import read_picture
 from ..metrics import mean, psnr_y, ssim_y
 from ..restore import bicubic
-from ..spectrum import grid_peaks, sharpness
+from ..spectrum import PERIODS, grid_peaks, sharpness
 
 Show = Callable[[str, Tensor], None]
 """Takes a name and a picture ``(3, H, W)`` in 0..1."""
 PICTURES = 8
 """Of each preset; a run is not to wait for more."""
 SHOWN = 2
-GRIDS = (8, 16)
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def validate(
         result = match_colour(result, low, "wavelet", wavelet_levels).clamp(0, 1) if wavelet_levels else result
         result = result.float().cpu()
         found = {"psnr_y": psnr_y(result, pair.high), "ssim_y": ssim_y(result, pair.high), "sharpness": sharpness(result)}
-        found |= {f"grid_{period}": grid_peaks(result, period) for period in GRIDS}
+        found |= {f"grid_{period}": grid_peaks(result, period) for period in PERIODS}
         for name, value in found.items():
             figures.setdefault(f"{pair.preset}/{name}", []).append(float(value))
         shown[pair.preset] = shown.get(pair.preset, 0) + 1

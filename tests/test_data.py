@@ -3,6 +3,7 @@
 import itertools
 import logging
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,6 +91,12 @@ def test_samples_are_pairs_of_low_and_high_quality(photos):
     error = (low - high).abs().mean()
     assert error > 0.005
     assert error < 0.7 * (low.roll(1, 0) - high).abs().mean(), "nearer to its own than to another"
+
+
+def test_without_presets_nothing_is_degraded(photos):
+    sample = Pairs([photos], replace(MIXTURE, presets=()), seed=0)[0]
+    assert sample["high"].std() > 0.01
+    assert torch.equal(sample["low"], sample["high"])
 
 
 def test_workers_change_nothing(photos):

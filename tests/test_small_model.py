@@ -12,6 +12,7 @@ from tsdsr_core.train.batch import Batch
 from tsdsr_core.train.build import Sources, build_networks
 from tsdsr_core.train.config import from_dict
 from tsdsr_core.train.networks import STUDENT, TEACHER
+from tsdsr_core.train.preview import measure
 from tsdsr_core.train.trainers import PretrainTrainer
 
 from .tiny import photo
@@ -65,6 +66,27 @@ def test_deeper_models_begin_with_what_a_shallower_one_gives():
     z.square().mean().backward()
     new = networks.transformers[STUDENT].transformer_blocks[layers - 1]
     assert new.ff.net[2].weight.grad.abs().max() > 0, "new blocks learn"
+
+
+def test_latents_shift_and_pictures_stay():
+    model, pixels = load_builtin(CPU, torch.float32), photo(64, 64, 7)
+    vae, transformer, factor = model.vae, model.transformer, float(model.vae.config["scaling_factor"])
+
+    def encode(pixels):
+        with torch.no_grad():
+            return vae.encode(pixels).latent_dist.mode()
+
+    def restore():
+        z = encode(pixels * 2 - 1) * factor
+        return model.decode((z - model.velocity(z)) / factor)
+
+    before, (mean, std) = restore(), measure(encode)
+    assert mean.abs().max() > 0.3
+    small_model.shift_latents(transformer, vae, mean, 1 / (std * factor))
+    mean, std = measure(encode)
+    assert mean.abs().max() < 1e-4
+    assert (std * factor - 1).abs().max() < 1e-4
+    assert (restore() - before).abs().max() < 1e-4
 
 
 def test_a_base_with_more_blocks_than_configured_is_refused():

@@ -103,6 +103,28 @@ def test_two_steps_and_resume_equal_four_straight_steps_bit_for_bit(stage, train
     assert len(moved) > 0.5 * len(before), "nearly all that is trained moves"
 
 
+@pytest.mark.parametrize(("stage", "trained"), STAGES)
+def test_bf16_gives_nearly_the_gradients_of_fp32(stage, trained, small, adapted, tmp_path):
+    """The networks run in bf16; their weights, the losses and the gradients stay in fp32."""
+    sources = small if trained == "weights" else adapted
+    found = {}
+    for precision in ("fp32", "bf16"):
+        settings = config(stage, trained, run={"precision": precision}, optimiser={"learning_rate": 1e-2})
+        loop = make(settings, sources, tmp_path / precision)
+        if precision == "bf16":
+            loop.trainer.networks.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+        batch = next(batches(settings, 0))
+        for _ in range(2):  # a fresh adapter's first half has no gradient
+            losses = loop._one_step(iter([batch]))
+        gradients = [p.grad.flatten() for group in loop.trainer.groups.values() for p in group.parameters.values()]
+        assert all(gradient.dtype == torch.float32 for gradient in gradients)
+        found[precision] = losses, torch.cat(gradients)
+    (expected, straight), (losses, rounded) = found["fp32"], found["bf16"]
+    assert not torch.equal(straight, rounded), "it did run in bf16"
+    assert torch.nn.functional.cosine_similarity(straight, rounded, 0) > 0.9
+    assert losses == pytest.approx(expected, rel=0.1, abs=1e-3)
+
+
 @pytest.mark.parametrize("trained", ["weights", "lora"])
 def test_two_batches_of_one_equal_one_batch_of_two(trained, small, adapted, tmp_path):
     """Each sample has its own noise, level and prompt, whatever batch it comes in."""

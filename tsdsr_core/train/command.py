@@ -86,6 +86,7 @@ def _train(options: argparse.Namespace) -> None:
     accelerator = _accelerator(config, options)
     sources = Sources(options.base, options.teacher, options.embedding_dir, options.null)
     networks = build_networks(config, sources, accelerator.device)
+    networks.autocast = accelerator.autocast
     trainer: Trainer = TRAINERS[config.stage](networks, config)
     loop = Loop(trainer, config, accelerator, options.out)
     if checkpoint is not None:
@@ -114,7 +115,8 @@ def _accelerator(config: Config, options: argparse.Namespace) -> Accelerator:
 def _batches(config: Config, photos: list[str], accelerator: Accelerator, loop: Loop) -> Any:
     """This process's batches from the loop's step on."""
     data, run = config.data, config.run
-    mixture = Mixture(data.crop, data.scale, tuple(data.presets.items()), data.synthetic_share)
+    presets = () if config.stage == "teacher" else tuple(data.presets.items())  # a teacher sees good pictures alone
+    mixture = Mixture(data.crop, data.scale, presets, data.synthetic_share)
     source = Pairs([_folder(text) for text in photos], mixture, run.seed, captions=data.captions)
     place = run.batch, loop.step * loop.samples, accelerator.process_index, accelerator.num_processes
     for numbers, sample in zip(batch_numbers(*place), loader(source, *place, data.workers), strict=True):

@@ -37,7 +37,7 @@ class Mixture:
     """Side of a high-quality crop in pixels, a multiple of ``scale``."""
     scale: int
     presets: tuple[tuple[str, float], ...]
-    """Degradation presets and their weights."""
+    """Degradation presets and their weights; none for trainings on good pictures alone, where ``low`` is ``high``."""
     synthetic_share: float
     """Share of synthetic pictures, 0..1."""
 
@@ -251,7 +251,9 @@ def _view(picture: Tensor, side: int, generator: Generator) -> Tensor:
 
 
 def _degraded(high: Tensor, mixture: Mixture, generator: Generator) -> Tensor:
-    """``high`` made worse by a preset drawn by weight, and enlarged again; the same shape."""
+    """``high`` made worse by a preset drawn by weight, if there is one, and enlarged again; the same shape."""
+    if not mixture.presets:
+        return high
     names, weights = zip(*mixture.presets, strict=True)
     low = degrade(high, mixture.scale, names[_weighted(weights, generator)], generator)
     return bicubic(low[None], (high.shape[1], high.shape[2]))[0]

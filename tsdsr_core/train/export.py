@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,7 +19,8 @@ from .build import Sources, build_networks
 from .checkpoint import Checkpoint
 from .config import Config
 from .networks import STUDENT, TEACHER, set_parameters
-from .preview import fit_preview
+from .preview import fit_preview, measure
+from .small_model import shift_latents
 
 CPU = torch.device("cpu")
 
@@ -86,12 +86,18 @@ def _small_bundle(checkpoint: Checkpoint, base: Path | None, notes: Mapping[str,
     networks = build_networks(plain, Sources(base), CPU)
     role = TEACHER if config.stage == "teacher" else STUDENT
     set_parameters(networks.parameters(role), checkpoint.average, "the checkpoint (give what the run began with as --base)")
-    vae: Any = networks.student_vae
-    with torch.no_grad():
-        preview = fit_preview(lambda pixels: vae.encode(pixels).latent_dist.mode())
+    transformer, vae = networks.transformers[role], networks.student_vae
+
+    @torch.no_grad()
+    def encode(pixels: Tensor) -> Tensor:
+        return vae.encode(pixels).latent_dist.mode()
+
+    if config.stage == "pretrain":  # the next stage is a diffusion model, which wants mean 0 and variance 1
+        mean, std = measure(encode)
+        shift_latents(transformer, vae, mean, 1 / (std * networks.scaling_factor))
     prompt = PromptEmbeds(checkpoint.prompt["tokens"], checkpoint.prompt["pooled"])
-    bundle = merged_bundle(networks.transformers[role], vae, prompt, torch.float16, _defaults(config), notes)
-    return replace(bundle, preview=preview)
+    bundle = merged_bundle(transformer, vae, prompt, torch.float16, _defaults(config), notes)
+    return replace(bundle, preview=fit_preview(encode))
 
 
 def _defaults(config: Config) -> dict[str, int]:

@@ -104,8 +104,7 @@ class Loop:
         total: dict[str, Tensor] = {}
         parts = self.config.run.accumulate
         for _ in range(parts):
-            with self.accelerator.autocast():
-                losses = self.trainer.accumulate(next(batches), self.step, lambda loss: self.accelerator.backward(loss / parts))
+            losses = self.trainer.accumulate(next(batches), self.step, lambda loss: self.accelerator.backward(loss / parts))
             total = {name: total.get(name, 0) + value.float() / parts for name, value in losses.items()}
         named = self._reduced(total)
         for name, optimiser in self.optimisers.items():

@@ -6,7 +6,8 @@ their own each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,8 @@ class Networks:
         self.transformers, self.vae, self.student_vae = dict(transformers), vae, student_vae
         self.prompt, self.null, self.adapters = prompt, null, adapters
         self.scaling_factor = float(vae.config["scaling_factor"])
+        self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Mixed precision of the networks alone: what is made of their results stays in fp32."""
 
     @property
     def device(self) -> torch.device:
@@ -67,10 +70,12 @@ class Networks:
         self.activate(role)
         transformer = self.transformers[role]
         dtype = transformer.dtype
-        velocity = transformer(
-            hidden_states=z.to(dtype), timestep=sigma.float() * TIMESTEP, encoder_hidden_states=condition.tokens.to(dtype),
-            pooled_projections=condition.pooled.to(dtype), return_dict=False,
-        )[0]  # fmt: skip
+        with self.autocast():
+            velocity = transformer(
+                hidden_states=z.to(dtype), timestep=sigma.float() * TIMESTEP,
+                encoder_hidden_states=condition.tokens.to(dtype), pooled_projections=condition.pooled.to(dtype),
+                return_dict=False,
+            )[0]  # fmt: skip
         return velocity.to(z.dtype)
 
     def encode(self, pixels: Tensor, student: bool) -> Tensor:
@@ -78,11 +83,15 @@ class Networks:
         vae = self.student_vae if student else self.vae
         if self.adapters:
             _switch(vae, STUDENT if student else None)
-        return vae.encode(pixels * 2 - 1).latent_dist.mode() * self.scaling_factor
+        with self.autocast():
+            latent = vae.encode(pixels * 2 - 1).latent_dist.mode()
+        return latent.float() * self.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:
         """Pixels in about 0..1 of scaled latents; the decoder has no adapters."""
-        return self.vae.decode(z / self.scaling_factor, return_dict=False)[0] / 2 + 0.5
+        with self.autocast():
+            pixels = self.vae.decode(z / self.scaling_factor, return_dict=False)[0]
+        return pixels.float() / 2 + 0.5
 
     def activate(self, role: str) -> None:
         """Make a role's adapter the active one: before it runs, and again before gradients flow back through it."""

@@ -88,6 +88,25 @@ def grow(transformer: Any, weights: Mapping[str, Tensor]) -> None:
             nn.init.zeros_(linear.bias)
 
 
+@torch.no_grad()
+def shift_latents(transformer: Any, vae: Any, mean: Tensor, gain: Tensor) -> None:
+    """Change what a latent ``z`` of the autoencoder is to ``gain * (z - mean)``; pictures stay the same up to rounding.
+
+    Args:
+        mean, gain: ``(C,)``, for each latent channel; of unscaled latents.
+    """
+    channels = len(mean)
+    quant, post_quant, patches, out = vae.quant_conv, vae.post_quant_conv, transformer.pos_embed.proj, transformer.proj_out
+    quant.weight[:channels] *= gain[:, None, None, None]
+    quant.bias[:channels] = gain * (quant.bias[:channels] - mean)
+    post_quant.bias += post_quant.weight[:, :, 0, 0] @ mean
+    post_quant.weight /= gain[:, None, None]
+    patches.bias += patches.weight.sum((2, 3)) @ (mean * vae.config["scaling_factor"])
+    patches.weight /= gain[:, None, None]
+    out.weight.view(-1, channels, out.in_features).mul_(gain[:, None])  # channels run fastest within a patch
+    out.bias.view(-1, channels).mul_(gain)
+
+
 def _start_linear(vae: Any) -> None:
     for half in (vae.encoder, vae.decoder):
         for resnet in (m for m in half.modules() if hasattr(m, "conv2")):

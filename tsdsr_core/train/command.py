@@ -86,7 +86,7 @@ def _train(options: argparse.Namespace) -> None:
     accelerator = _accelerator(config, options)
     sources = Sources(options.base, options.teacher, options.embedding_dir, options.null)
     networks = build_networks(config, sources, accelerator.device)
-    networks.autocast = accelerator.autocast
+    networks.autocast = lambda: accelerator.autocast()
     trainer: Trainer = TRAINERS[config.stage](networks, config)
     loop = Loop(trainer, config, accelerator, options.out)
     if checkpoint is not None:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from tsdsr_core.image_io import Picture, write_picture
 from tsdsr_core.train import data, sources
-from tsdsr_core.train.data import Mixture, Pairs, loader
+from tsdsr_core.train.data import Mixture, Pairs
+from tsdsr_core.train.loader import loader
 from tsdsr_core.train.randomness import generator_for
 from tsdsr_core.train.sources import Photos
 
@@ -202,6 +203,16 @@ def test_what_a_worker_found_damaged_is_not_reported_again(photos, caplog):
     assert torch.equal(torch.stack([dataset[index]["high"] for index in range(12)]), torch.cat([b["high"] for b in drawn]))
     assert not caplog.records
     assert dataset.sources[0].bad.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_in_workers_stay_one_line(workers):
+    class Broken(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            raise ValueError(f"no sample {index}")
+
+    with pytest.raises(ValueError, match=r"^no sample 4$"):
+        next(loader(Broken(), 2, 4, 0, 1, workers))
 
 
 def test_a_folder_of_nothing_but_damaged_pictures_is_an_error(photos):

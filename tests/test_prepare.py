@@ -13,13 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
+from tsdsr_core import files
 from tsdsr_core.bundle import BUILTIN, Bundle, read_bundle, write_bundle
 from tsdsr_core.diffusers_models import load_bundle
 from tsdsr_core.image_io import Picture, write_picture
 from tsdsr_core.prompt import load_prompt
 from tsdsr_core.restore import bicubic
-from tsdsr_core.train import data, prepare, prepared
+from tsdsr_core.train import data, prepare
 from tsdsr_core.train.data import Mixture, Pairs
+from tsdsr_core.train.loader import loader
+from tsdsr_core.train.networks import fingerprint
 from tsdsr_core.train.prepared import INDEX, NULL_FILE, PROMPT_FILE, SAMPLES
 from tsdsr_core.train.text import read_captions
 
@@ -124,7 +127,7 @@ def test_pairs_read_prepared_folders_with_their_latents(published, photos, tmp_p
     assert len(seen) >= 4
     for (which, low), (other, another) in itertools.combinations(lows, 2):
         assert which != other or not torch.equal(low, another), "degraded anew each time"
-    batch = next(data.loader(dataset, 3, 0, 0, 1, workers=1))
+    batch = next(loader(dataset, 3, 0, 0, 1, workers=1))
     assert torch.equal(batch["latent"][2], dataset[2]["latent"])
 
 
@@ -174,7 +177,7 @@ def test_cached_degradations_are_used_and_all_of_them(published, photos, tmp_pat
 def test_an_interrupted_preparation_leaves_no_half_file_and_goes_on(published, photos, tmp_path, monkeypatch):
     arguments = ["--base", published.sd3, "--crops", "2"]
     run(photos, "-o", tmp_path / "straight", *arguments)
-    written, save = [], prepared.save_file
+    written, save = [], files.save_file
 
     def save_half(tensors, path, metadata):
         save(tensors, path, metadata)
@@ -183,7 +186,7 @@ def test_an_interrupted_preparation_leaves_no_half_file_and_goes_on(published, p
             path.write_bytes(path.read_bytes()[:500])
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepared, "save_file", save_half)
+    monkeypatch.setattr(files, "save_file", save_half)
     with pytest.raises(KeyboardInterrupt):
         run(photos, "-o", tmp_path / "out", *arguments)
     straight = contents(tmp_path / "straight")
@@ -191,7 +194,7 @@ def test_an_interrupted_preparation_leaves_no_half_file_and_goes_on(published, p
     with pytest.raises(ValueError, match="interrupted; run it again"):
         Pairs([tmp_path / "out"], MIXTURE, seed=0)
     written.clear()
-    monkeypatch.setattr(prepared, "save_file", lambda *values: written.append(values[1]) or save(*values))
+    monkeypatch.setattr(files, "save_file", lambda *values: written.append(values[1]) or save(*values))
     run(photos, "-o", tmp_path / "out", *arguments)
     assert [path.name[1:6] for path in written] == ["1.png", "1.png", "2.png", "2.png"], "the first picture was complete"
     assert contents(tmp_path / "out") == straight
@@ -303,6 +306,11 @@ def test_captions_and_prompts_are_embedded_as_sd3_does(texted, photos, tmp_path)
         (which,) = [s for s in stored.values() if torch.equal(s["high"] / 255, sample["high"])]
         assert torch.equal(sample["tokens"], which["tokens"])
         assert torch.equal(sample["pooled"], which["pooled"])
+    shapes = {"tokens": prompt.tokens.shape[1:], "pooled": prompt.pooled.shape[1:]}
+    own = fingerprint(AutoencoderKL.from_pretrained(texted / "vae"))
+    dataset.check_model(own, shapes)
+    with pytest.raises(ValueError, match="has captions of shapes"):
+        dataset.check_model(own, {**shapes, "tokens": (77, 4096)})
     upright = Pairs([out], MIXTURE, seed=0, captions=True, latents=False)
     assert all(torch.equal(upright[index]["high"], dataset[index]["high"]) for index in range(6)), "captions know up and left"
     with pytest.raises(ValueError, match=r"synthetic_share = 0.5: synthetic pictures have no captions"):
@@ -355,6 +363,10 @@ def test_folders_that_do_not_fit_are_named(published, photos, tmp_path):
     with pytest.raises(ValueError, match=r"latent of different shapes, .*\[16, 4, 4\].*\[16, 8, 8\]"):
         Pairs([tmp_path / "one", tmp_path / "two"], MIXTURE, seed=0)
     assert Pairs([tmp_path / "one", tmp_path / "two"], MIXTURE, seed=0, latents=False)[0]["high"].shape == (3, 32, 32)
+    own = fingerprint(AutoencoderKL.from_pretrained(published.sd3 / "vae"))
+    Pairs([tmp_path / "one"], MIXTURE, seed=0).check_model(own, {})
+    with pytest.raises(ValueError, match=r"two has latents of another autoencoder \(.*builtin.* than that of --base"):
+        Pairs([tmp_path / "two"], MIXTURE, seed=0).check_model(own, {})
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from tsdsr_core.train.export import adapter_files
 from tsdsr_core.train.trainers import StudentTrainer
 
 from .tiny import Published, photo
+from .tiny_texts import make_texted
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "tsdsr_core" / "train" / "configs"
@@ -90,9 +91,12 @@ def test_cut_off_and_resumed_equals_straight_bit_for_bit(photos, tmp_path):
 BUILTIN = ROOT / "tsdsr_core" / "assets" / "builtin.safetensors"
 
 
-def test_two_processes_equal_one(photos, tmp_path):
-    arguments = ["--photos", photos, "--device", "cpu", "--base", "builtin", "--teacher", BUILTIN]
+@pytest.mark.parametrize("trained", ["weights", "lora"])
+def test_two_processes_equal_one(trained, photos, tmp_path, published):
+    arguments = ["--photos", photos, "--device", "cpu"]
+    arguments += ["--base", "builtin", "--teacher", BUILTIN] if trained == "weights" else lora_arguments(published)
     settings = [text for text in SMALL if not text.startswith("run.batch")] + ["run.steps=2"]
+    settings += LORA if trained == "lora" else []
     for name, processes, batch in (("one", 1, 2), ("two", 2, 1)):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command += ["-m", "tsdsr_core", "train"]
@@ -101,7 +105,8 @@ def test_two_processes_equal_one(photos, tmp_path):
         ended = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
         assert ended.returncode == 0, ended.stderr[-3000:]
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    start = weights_before(tmp_path / "one")
+    start = weights_before(tmp_path / "one", lora_sources(published) if trained == "lora" else Sources(BUILTIN, BUILTIN))
+    assert any("vae" in key for key in start)
     moved = max(float((one[key] - start[key]).abs().max()) for key in start)
     assert moved > 1e-5
     differences = torch.cat([(one[key] - two[key]).abs().flatten() for key in one])
@@ -109,9 +114,9 @@ def test_two_processes_equal_one(photos, tmp_path):
     assert differences.max() < 0.1 * moved, "AdamW makes much of a rounding error where a gradient is nearly nothing"
 
 
-def weights_before(out: Path) -> dict[str, torch.Tensor]:
+def weights_before(out: Path, sources: Sources) -> dict[str, torch.Tensor]:
     checkpoint = read_checkpoint(out / "last.pt")
-    networks = build_networks(checkpoint.config, Sources(BUILTIN, BUILTIN), torch.device("cpu"))
+    networks = build_networks(checkpoint.config, sources, torch.device("cpu"))
     return {
         f"{role}.{name}": value.detach() for role in checkpoint.weights for name, value in networks.parameters(role).items()
     }
@@ -120,6 +125,10 @@ def weights_before(out: Path) -> dict[str, torch.Tensor]:
 def lora_arguments(published: Published) -> list:
     prompt = published.embeddings
     return ["--base", published.sd3, "--embedding-dir", prompt, "--null", prompt]
+
+
+def lora_sources(published: Published) -> Sources:
+    return Sources(published.sd3, None, published.embeddings, published.embeddings)
 
 
 LORA = ["model.trained=lora", "model.rank=4", "objective.wavelet_levels=0", "optimiser.learning_rate=0.01"]
@@ -139,8 +148,7 @@ def test_exported_loras_reproduce_the_trainers_validation_picture(published, pho
     write_picture(tmp_path / "low.png", Picture(photo(128, 128)))
     low = bicubic(read_picture(tmp_path / "low.png").rgb, (512, 512))
     checkpoint = read_checkpoint(tmp_path / "run" / "last.pt")
-    sources = Sources(published.sd3, None, published.embeddings, published.embeddings)
-    networks = build_networks(checkpoint.config, sources, torch.device("cpu"))
+    networks = build_networks(checkpoint.config, lora_sources(published), torch.device("cpu"))
     with torch.no_grad():
         for name, parameter in networks.parameters("student").items():
             parameter.copy_(checkpoint.average[name])
@@ -171,9 +179,10 @@ def test_a_teachers_lora_becomes_psi(published, photos, tmp_path):
     checkpoint = read_checkpoint(tmp_path / "s" / "last.pt")
     sources = Sources(published.sd3, teacher, published.embeddings, published.embeddings)
     networks = build_networks(checkpoint.config, sources, torch.device("cpu"))
-    psi = networks.parameters("teacher")
-    assert len(psi) == len(exported)
-    assert all(torch.equal(psi["transformer." + key.replace(".weight", ".teacher.weight")], exported[key]) for key in exported)
+    for role in ("teacher", "fake"):
+        found = networks.parameters(role)
+        assert len(found) == len(exported)
+        assert all(torch.equal(found["transformer." + k.replace(".weight", f".{role}.weight")], exported[k]) for k in exported)
     assert "teacher" not in checkpoint.weights, "it is not trained any more"
 
 
@@ -195,6 +204,47 @@ def test_validation_tells_figures_and_shows_pictures(photos, tmp_path, capsys):
     assert log.Images("light/0")[0].width == 3 * 512
 
 
+def test_prepared_captions_and_latents_train(published, photos, tmp_path):
+    """What the configuration of SD3 medium runs with."""
+    sd3, out = make_texted(tmp_path / "sd3", published.sd3), tmp_path / "prepared"
+    for index in range(3):
+        (photos / f"{index}.txt").write_text(f"picture {index}")
+    texts = ["--captions", "--prompt", "sharp", "--workers", "0", "--device", "cpu"]
+    assert train("prepare", photos, "-o", out, "--base", sd3, "--crop", "32", *texts) == 0
+    texts = ["--embedding-dir", out / "prompt.safetensors", "--null", out / "null.safetensors"]
+    settings = [*LORA, "run.steps=2", "data.captions=true", "data.synthetic_share=0", "data.workers=1"]
+    settings += ["model.gradient_checkpointing=true"]
+    for stage, teacher in (("teacher", []), ("student", ["--teacher", tmp_path / "psi" / "transformer.safetensors"])):
+        arguments = ["--base", sd3, *texts, *teacher]
+        assert smoke(out, tmp_path / stage, *arguments, settings=[*settings, f"stage={stage}"]) == 0
+        assert train("export", tmp_path / stage / "last.pt", "-o", tmp_path / ("psi" if stage == "teacher" else "loras")) == 0
+    log = read_checkpoint(tmp_path / "student" / "last.pt")
+    assert set(log.weights) == {"student", "fake"}
+
+
+def test_a_training_that_breaks_down_ends_in_one_line(photos, tmp_path, capsys):
+    arguments = ["--base", "builtin", "--teacher", BUILTIN]
+    settings = ["optimiser.learning_rate=1e30", "run.save_every=1"]
+    assert smoke(photos, tmp_path / "run", *arguments, settings=settings) == 1
+    assert re.search(r"error: the (loss|gradient) .* at step \d", capsys.readouterr().err.strip().splitlines()[-1])
+    assert (tmp_path / "run" / "last.pt").exists()
+
+
+def test_another_base_is_refused_when_a_run_goes_on_or_is_exported(photos, tmp_path, capsys, caplog):
+    few = ["run.steps=1"]
+    assert smoke(photos, tmp_path / "1", settings=[*few, "stage=pretrain"]) == 0
+    assert train("export", tmp_path / "1" / "last.pt", "-o", tmp_path / "base.safetensors") == 0
+    base = ["--base", tmp_path / "base.safetensors"]
+    assert smoke(photos, tmp_path / "2", *base, settings=[*few, "stage=teacher"]) == 0
+    capsys.readouterr()
+    assert smoke(photos, tmp_path / "2", "--base", "builtin", "--resume", settings=["run.steps=2", "stage=teacher"]) == 2
+    assert "steps 1 -> 2" in caplog.text
+    assert "another autoencoder than that of --base" in capsys.readouterr().err
+    assert train("export", tmp_path / "2" / "last.pt", "--base", "builtin", "-o", tmp_path / "t.safetensors") == 2
+    assert "another autoencoder than that of --base" in capsys.readouterr().err
+    assert not (tmp_path / "t.safetensors").exists()
+
+
 def test_bad_input_is_one_line_and_nothing_is_written(photos, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -210,6 +260,11 @@ def test_bad_input_is_one_line_and_nothing_is_written(photos, tmp_path, capsys):
         ),
         ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--set", "run.steps=0"], "run.steps = 0"),
         ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--set", "steps"], "expected TABLE.KEY=VALUE"),
+        ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--set", "stage.x=1"], "stage is no table"),
+        ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--set", "objective.wavelet_levels=11"], "expected at most 10"),
+        ([CONFIGS / "smoke.toml", "--photos", photos, *to], "needs --base"),
+        ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--validation", empty], "expected hq/ and lq-PRESET/"),
+        (["evalset", photos, "--out", tmp_path / "x"], "evaluation needs at least 512x512"),
         ([CONFIGS / "smoke.toml", *to], "--photos and --out are needed"),
         ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--resume"], "no checkpoint that can be read"),
         (["export", tmp_path / "none.pt", "-o", tmp_path / "x.safetensors"], "no checkpoint that can be read"),
@@ -219,28 +274,39 @@ def test_bad_input_is_one_line_and_nothing_is_written(photos, tmp_path, capsys):
         error = capsys.readouterr().err.strip()
         assert message in error
         assert len(error.splitlines()) == 1, error
-        assert not list(tmp_path.glob("x*/*.pt"))
+        assert not list(tmp_path.glob("x*"))
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(photos, tmp_path):
-    base = ["--base", "builtin", "--teacher", str(BUILTIN)]
-    assert smoke(photos, tmp_path / "run", *base, settings=["run.steps=1"]) == 0
-    good = (tmp_path / "run" / "last.pt").read_bytes()
+def on_a_full_disk(size: int, *arguments) -> str:
+    """The last line of ``tsdsr train``, where no file can be larger than ``size`` bytes."""
     script = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(good) // 2}, {len(good) // 2}))\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
         "from tsdsr_core.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    arguments = ["train", CONFIGS / "smoke.toml", "--photos", photos, "--out", tmp_path / "run", "--device", "cpu", *base]
-    arguments += ["--resume", "--set", *SMALL, "run.steps=2"]
-    command = [sys.executable, "-c", script, *map(str, arguments)]
+    command = [sys.executable, "-c", script, "train", *map(str, arguments)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 2
-    assert "could not be written, the one before it stays" in ended.stderr.strip().splitlines()[-1]
+    assert ended.returncode == 2, ended.stderr
+    return ended.stderr.strip().splitlines()[-1]
+
+
+def test_a_full_disk_leaves_the_last_good_files(photos, tmp_path):
+    base = ["--base", "builtin", "--teacher", str(BUILTIN)]
+    assert smoke(photos, tmp_path / "run", *base, settings=["run.steps=1"]) == 0
+    good = (tmp_path / "run" / "last.pt").read_bytes()
+    arguments = [CONFIGS / "smoke.toml", "--photos", photos, "--out", tmp_path / "run", "--device", "cpu", *base]
+    arguments += ["--resume", "--set", *SMALL, "run.steps=2"]
+    assert "could not be written, the one before it stays" in on_a_full_disk(len(good) // 2, *arguments)
     assert (tmp_path / "run" / "last.pt").read_bytes() == good
-    assert not list((tmp_path / "run").glob(".last*")), "nothing half-written stays"
+    out = tmp_path / "out.safetensors"
+    line = on_a_full_disk(100_000, "export", tmp_path / "run" / "last.pt", "--base", "builtin", "-o", out)
+    assert f"{out} could not be written" in line
+    arguments = ["prepare", photos, "-o", tmp_path / "p", "--base", "builtin", "--crop", "64", "--workers", "0"]
+    assert "could not be written" in on_a_full_disk(5_000, *arguments, "--device", "cpu")
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith("events")}
+    assert left == {"last.pt"}, "nothing half-written stays"
 
 
 def test_every_config_that_ships_is_valid():

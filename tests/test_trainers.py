@@ -1,13 +1,15 @@
 """The three trainers and their loop on small random networks; what a person runs is in ``test_train_command``."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from tsdsr_core.bundle import write_bundle
+from tsdsr_core.bundle import BUILTIN, read_bundle, write_bundle
 from tsdsr_core.diffusers_models import merged_bundle
+from tsdsr_core.prompt import PromptEmbeds, load_prompt, save_prompt
 from tsdsr_core.train import small_model
 from tsdsr_core.train.batch import Batch
 from tsdsr_core.train.build import Sources, build_networks
@@ -42,7 +44,7 @@ def adapted(published):
 
 def config(stage: str, trained: str = "weights", **tables) -> Config:
     values = {
-        "stage": stage, "model": {"trained": trained, "layers": 2, "rank": 2},
+        "stage": stage, "model": {"trained": trained, "layers": 2, "rank": 2, **tables.get("model", {})},
         "data": {"crop": 32, "presets": {"light": 1.0}},
         "objective": {"perceptual": "gradients", "guidance": 2.0, **tables.get("objective", {})},
         "optimiser": {"learning_rate": 1e-3, "fake_learning_rate": 1e-3, "warmup_steps": 2, **tables.get("optimiser", {})},
@@ -123,6 +125,20 @@ def test_bf16_gives_nearly_the_gradients_of_fp32(stage, trained, small, adapted,
     assert not torch.equal(straight, rounded), "it did run in bf16"
     assert torch.nn.functional.cosine_similarity(straight, rounded, 0) > 0.9
     assert losses == pytest.approx(expected, rel=0.1, abs=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_checkpointed_activations_give_the_same_gradients(stage, adapted, tmp_path):
+    """Layers that run again while gradients flow back must run with the adapter that they ran with."""
+    found = []
+    for checkpointing in (False, True):
+        settings = config(stage, "lora", model={"gradient_checkpointing": checkpointing})
+        loop = make(settings, adapted, tmp_path)
+        for _ in range(2):  # a fresh adapter's first half has no gradient
+            loop._one_step(iter([next(batches(settings, 0))]))
+        groups = loop.trainer.groups.items()
+        found.append({(role, key): p.grad for role, group in groups for key, p in group.parameters.items()})
+    assert all(torch.allclose(found[0][key], found[1][key], atol=1e-6, rtol=1e-4) for key in found[0])
 
 
 @pytest.mark.parametrize("trained", ["weights", "lora"])
@@ -220,8 +236,22 @@ def test_checkpoints_of_other_models_are_refused(small, adapted, tmp_path):
     loop = make(settings, small, tmp_path)
     train(loop, settings)
     other = make(config("teacher", "lora"), adapted, tmp_path / "other")
+    checkpoint = read_checkpoint(tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="on another autoencoder than that of --base"):
+        other.resume(checkpoint)
     with pytest.raises(ValueError, match="the teacher in the checkpoint is of another model"):
-        other.resume(read_checkpoint(tmp_path / "last.pt"))
+        other.resume(replace(checkpoint, autoencoder=other.trainer.networks.autoencoder))
+
+
+def test_settings_of_the_optimiser_hold_after_resuming(small, tmp_path):
+    settings = config("teacher", run={"steps": 1})
+    train(make(settings, small, tmp_path), settings)
+    changed = config("teacher", optimiser={"weight_decay": 0.5, "beta2": 0.7})
+    loop = make(changed, small, tmp_path / "other")
+    loop.resume(read_checkpoint(tmp_path / "last.pt"))
+    (group,) = loop.optimisers[TEACHER].param_groups
+    assert (group["weight_decay"], group["betas"]) == (0.5, (0.9, 0.7))
+    assert loop.seen == settings.run.batch
 
 
 def test_learning_rates_by_hand():
@@ -236,13 +266,33 @@ def test_learning_rates_by_hand():
     [
         ("student", "weights", {}, "needs --base"),
         ("teacher", "weights", {}, "needs --base"),
-        ("student", "weights", {"base": "builtin"}, "needs --teacher"),
+        ("student", "weights", {"base": BUILTIN}, "needs --teacher"),
         ("student", "lora", {}, "needs --base, an SD3 folder, and --embedding-dir"),
     ],
 )
 def test_missing_sources_are_named(stage, trained, sources, message):
     with pytest.raises(ValueError, match=message):
         build_networks(config(stage, trained), Sources(**sources), CPU)
+
+
+@pytest.mark.parametrize("option", ["base", "teacher"])
+def test_folded_bundles_are_refused(option, small, tmp_path):
+    bundle = replace(read_bundle(small.base), folded=True)
+    write_bundle(tmp_path / "folded.safetensors", bundle)
+    with pytest.raises(ValueError, match=f"--{option} .*folded.safetensors is folded"):
+        build_networks(config("student"), replace(small, **{option: tmp_path / "folded.safetensors"}), CPU)
+
+
+def test_embeddings_of_another_model_are_refused(adapted, tmp_path):
+    prompt = load_prompt(adapted.embeddings)
+    save_prompt(tmp_path / "short.safetensors", PromptEmbeds(prompt.tokens[:, :2], prompt.pooled))
+    save_prompt(tmp_path / "narrow.safetensors", PromptEmbeds(prompt.tokens[:, :, :2], prompt.pooled))
+    for option, name, message in (
+        ("null", "short", "--null has 2 tokens, --embedding-dir"), ("null", "narrow", "--null has embeddings of widths"),
+        ("embeddings", "narrow", "--embedding-dir has embeddings of widths"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            build_networks(config("student", "lora"), replace(adapted, **{option: tmp_path / f"{name}.safetensors"}), CPU)
 
 
 def test_a_teacher_on_another_autoencoder_is_refused(small, tmp_path):

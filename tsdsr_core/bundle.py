@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import eight_bit
-from .files import atomic_path
+from .files import write_tensors
 from .lora import Lora, parse_lora
 from .prompt import POOLED_KEY, TOKENS_KEY, PromptEmbeds
 
@@ -71,6 +70,11 @@ class Bundle:
         return parse_lora(self.transformer), parse_lora(self.vae)
 
 
+def bundle_path(text: str) -> Path:
+    """The path that a person gives; "builtin" is that of the built-in model."""
+    return BUILTIN if text == "builtin" else Path(text)
+
+
 def is_bundle(path: Path) -> bool:
     """Whether ``path`` is a safetensors file with bundle metadata; never raises for a file of another kind."""
     try:
@@ -94,9 +98,7 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
     tensors = {TOKENS_KEY: bundle.prompt.tokens, POOLED_KEY: bundle.prompt.pooled}
     tensors.update({f"transformer.{key}": tensor for key, tensor in bundle.transformer.items()})
     tensors.update({f"vae.{key}": tensor for key, tensor in bundle.vae.items()})
-    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, {METADATA_KEY: json.dumps(description, sort_keys=True)})
+    write_tensors(path, tensors, {METADATA_KEY: json.dumps(description, sort_keys=True)})
 
 
 def read_bundle(path: Path) -> Bundle:

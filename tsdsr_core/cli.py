@@ -1,6 +1,6 @@
 """The command ``tsdsr``: its subcommands and what their outcome means to a shell.
 
-Exit codes: 0 done, 1 some input failed, 2 the command cannot be carried out as given, 130 interrupted.
+Exit codes: 0 done, 1 some input failed or a training broke down, 2 the command cannot be carried out as given, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -53,6 +53,6 @@ def _run(arguments: list[str]) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
         return options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"tsdsr {options.command}: error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2

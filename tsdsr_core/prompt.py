@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from .files import atomic_path
+from .files import write_tensors
 
 TOKENS_FILE, POOLED_FILE = "prompt_embeds.pt", "pool_embeds.pt"
 TOKENS_KEY, POOLED_KEY = "prompt_embeds", "pooled_prompt_embeds"
@@ -80,8 +80,7 @@ def load_prompt(path: Path) -> PromptEmbeds:
 
 def save_prompt(path: Path, prompt: PromptEmbeds) -> None:
     """Write the safetensors file that ``load_prompt`` reads, all or nothing."""
-    with atomic_path(path) as temporary:
-        save_file({TOKENS_KEY: prompt.tokens.contiguous(), POOLED_KEY: prompt.pooled.contiguous()}, temporary)
+    write_tensors(path, {TOKENS_KEY: prompt.tokens, POOLED_KEY: prompt.pooled})
 
 
 def _load_tensor(path: Path) -> Tensor:

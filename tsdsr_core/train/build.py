@@ -12,14 +12,14 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from peft import LoraConfig
 from torch import nn
 
-from ..bundle import BUILTIN, read_bundle
+from ..bundle import read_bundle
 from ..diffusers_models import DiffusersModel, load_bundle, load_part
-from ..lora import load_lora
+from ..lora import Lora, load_lora
 from ..prompt import PromptEmbeds, load_prompt
 from ..sd3 import TRANSFORMER_TARGETS, VAE_TARGETS
 from . import small_model
 from .config import Config
-from .networks import FAKE, STUDENT, TEACHER, Condition, Networks
+from .networks import FAKE, STUDENT, TEACHER, Condition, Networks, set_parameters
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Sources:
     """Where a run begins; what is None is not needed, or begins at random."""
 
     base: Path | None = None
-    """weights: a merged bundle, or "builtin". lora: an SD3 folder in diffusers' layout."""
+    """weights: a merged bundle. lora: an SD3 folder in diffusers' layout."""
     teacher: Path | None = None
     """What stage "teacher" exported: a bundle, or a LoRA of the transformer."""
     embeddings: Path | None = None
@@ -68,10 +68,10 @@ def _separate(config: Config, sources: Sources, device: torch.device) -> Network
             part.requires_grad_(True)
     _freeze_idle_attention(student_vae)
     transformers = {STUDENT: base.transformer.requires_grad_(True)}
-    if config.objective.name != "supervised":
+    if _distils(config):
         if sources.teacher is None:
             raise ValueError(f"objective {config.objective.name!r} needs --teacher: the bundle that stage 'teacher' exported")
-        teacher = load_bundle(read_bundle(sources.teacher), device, torch.float32)
+        teacher = _small(sources.teacher, "--teacher", device)
         _check_teacher(teacher, base, sources.teacher)
         transformers |= {TEACHER: teacher.transformer, FAKE: copy.deepcopy(teacher.transformer).requires_grad_(True)}
     return Networks(transformers, base.vae, student_vae, prompt, null, adapters=False)
@@ -84,7 +84,7 @@ def _small_base(config: Config, sources: Sources, device: torch.device) -> Diffu
     if sources.base is None:
         transformer, vae, prompt = small_model.build(config.run.seed, config.model.layers)
         return DiffusersModel(transformer, vae, prompt, device, torch.float32)
-    start = load_bundle(read_bundle(BUILTIN if str(sources.base) == "builtin" else sources.base), device, torch.float32)
+    start = _small(sources.base, "--base", device)
     layers = start.transformer.config["num_layers"]
     if config.stage != "pretrain" or layers == config.model.layers:
         return start
@@ -93,6 +93,14 @@ def _small_base(config: Config, sources: Sources, device: torch.device) -> Diffu
     transformer, _, _ = small_model.build(config.run.seed, config.model.layers)
     small_model.grow(transformer, start.transformer.state_dict())
     return DiffusersModel(transformer, start.vae, start.prompt, device, torch.float32)
+
+
+def _small(path: Path, option: str, device: torch.device) -> DiffusersModel:
+    """The small model in a merged bundle."""
+    bundle = read_bundle(path)
+    if bundle.folded:
+        raise ValueError(f"{option} {path} is folded, so that it knows one noise level only: give it unfolded")
+    return load_bundle(bundle, device, torch.float32)
 
 
 def _condition(prompt: PromptEmbeds) -> Condition:
@@ -118,34 +126,56 @@ def _adapted(config: Config, sources: Sources, device: torch.device) -> Networks
         raise ValueError(
             "model.trained = 'lora' needs --base, an SD3 folder, and --embedding-dir, the fixed prompt's embeddings"
         )
-    guided = config.stage == "teacher" or config.objective.name != "supervised"
-    if guided and sources.null is None:
+    if sources.null is None and (config.stage == "teacher" or _distils(config)):
         raise ValueError("--null is needed, the empty prompt's embeddings: tsdsr train prepare makes them")
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     transformer = load_part(sources.base, "transformer", dtype).requires_grad_(False).eval()
     vae = load_part(sources.base, "vae", torch.float32).requires_grad_(False).eval()  # 16 bit would drown the adapter
-    add_adapters(config, transformer, vae)
-    if config.stage == "student" and guided and sources.teacher is not None:
-        load_adapter(transformer, sources.teacher, TEACHER)
+    if _distils(config) and sources.teacher is not None:
+        psi, rank = _load_psi(sources.teacher)
+        add_adapters(config, transformer, vae, rank)
+        for role in (TEACHER, FAKE):  # phi begins as psi, so that they come to differ by what the student makes alone
+            _set_adapter(transformer, psi, role, sources.teacher)
+    else:
+        add_adapters(config, transformer, vae, None)
     for model in (transformer, vae):
         nn.Module.to(model, device)
     prompt, null = (
         _condition(load_prompt(path).to(device, torch.float32))
         for path in (sources.embeddings, sources.null or sources.embeddings)
     )
+    _check_widths(prompt, null, transformer)
     roles = (STUDENT, TEACHER, FAKE)
     return Networks(dict.fromkeys(roles, transformer), vae, vae, prompt, null, adapters=True)
 
 
-def add_adapters(config: Config, transformer: SD3Transformer2DModel, vae: AutoencoderKL) -> None:
-    """Adapters of the published layers for the roles that a stage trains, in fp32, at their start: no change."""
+def _check_widths(prompt: Condition, null: Condition, transformer: Any) -> None:
+    widths = transformer.config["joint_attention_dim"], transformer.config["pooled_projection_dim"]
+    for option, found in (("--embedding-dir", prompt), ("--null", null)):
+        if (found.tokens.shape[2], found.pooled.shape[1]) != widths:
+            raise ValueError(
+                f"{option} has embeddings of widths {(found.tokens.shape[2], found.pooled.shape[1])}, the transformer takes "
+                f"{widths}: use those that belong to --base"
+            )
+    if null.tokens.shape != prompt.tokens.shape:
+        raise ValueError(
+            f"--null has {null.tokens.shape[1]} tokens, --embedding-dir {prompt.tokens.shape[1]}: prepare both with one base"
+        )
+
+
+def add_adapters(config: Config, transformer: SD3Transformer2DModel, vae: AutoencoderKL, psi_rank: int | None) -> None:
+    """Adapters of the published layers for a stage's roles, in fp32, at their start: no change.
+
+    Args:
+        psi_rank: of a student's teacher, and of phi, which begins as it; None for a teacher without an adapter.
+    """
     rank = config.model.rank
-    roles = [TEACHER] if config.stage == "teacher" else [STUDENT]
-    if config.stage == "student" and config.objective.name != "supervised":
-        roles.append(FAKE)
-    for role in roles:
-        transformer.add_adapter(_adapter(rank, TRANSFORMER_TARGETS), role)
-    if STUDENT in roles:
+    ranks = {TEACHER: rank} if config.stage == "teacher" else {STUDENT: rank}
+    if _distils(config):
+        ranks |= {FAKE: psi_rank or rank} | ({TEACHER: psi_rank} if psi_rank else {})
+    for role, own in ranks.items():
+        transformer.add_adapter(_adapter(own, TRANSFORMER_TARGETS), role)
+    if STUDENT in ranks:
         vae.add_adapter(_adapter(rank, VAE_TARGETS), STUDENT)
     for model in (transformer, vae):
         for name, parameter in model.named_parameters():
@@ -153,23 +183,28 @@ def add_adapters(config: Config, transformer: SD3Transformer2DModel, vae: Autoen
                 parameter.data = parameter.data.float()
 
 
-def load_adapter(transformer: Any, path: Path, role: str) -> None:
-    """A LoRA file as a role's adapter, frozen.
+def _distils(config: Config) -> bool:
+    return config.stage == "student" and config.objective.name != "supervised"
 
-    Raises:
-        ValueError: where it does not fit.
-    """
+
+def _load_psi(path: Path) -> tuple[Lora, int]:
+    """The teacher's LoRA and its rank."""
     lora = load_lora(path, "transformer")
-    rank = next(iter(lora.pairs.values())).rank
-    transformer.add_adapter(_adapter(rank, TRANSFORMER_TARGETS), role)
-    state = {key.replace(".weight", f".{role}.weight"): value for key, value in lora.state_dict().items()}
-    own = dict(transformer.named_parameters())
-    expected = {name for name in own if f".{role}." in name}
-    if expected != state.keys() or any(own[name].shape != value.shape for name, value in state.items()):
-        raise ValueError(f"--teacher {path} does not fit the transformer of --base")
-    with torch.no_grad():
-        for name, value in state.items():
-            own[name].data = value.float().to(own[name].device)
+    ranks = {pair.rank for pair in lora.pairs.values()}
+    if len(ranks) > 1:
+        raise ValueError(f"--teacher {path} has factors of ranks {sorted(ranks)}: expected one rank")
+    return lora, ranks.pop()
+
+
+@torch.no_grad()
+def _set_adapter(transformer: Any, lora: Lora, role: str, path: Path) -> None:
+    """Give a role's adapter the factors of a file."""
+    factors = {}
+    for name, pair in lora.pairs.items():
+        factors[f"{name}.lora_A.{role}.weight"] = pair.down.float()
+        factors[f"{name}.lora_B.{role}.weight"] = pair.up.float() * (pair.alpha / pair.rank)
+    own = {name: parameter for name, parameter in transformer.named_parameters() if f".{role}." in name}
+    set_parameters(own, factors, f"--teacher {path}")
 
 
 def _adapter(rank: int, targets: list[str] | str) -> LoraConfig:

@@ -33,6 +33,10 @@ class Checkpoint:
     optimisers: Mapping[str, Any]
     prompt: Mapping[str, Tensor]
     """``tokens`` and ``pooled`` that the student was trained with."""
+    samples: int
+    """Seen so far, over all processes."""
+    autoencoder: str
+    """Fingerprint of the one that was not trained (``Networks.autoencoder``)."""
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -44,7 +48,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     values = {
         "version": VERSION, "config": json.dumps(asdict(checkpoint.config)), "step": checkpoint.step,
         "weights": checkpoint.weights, "average": checkpoint.average, "optimisers": checkpoint.optimisers,
-        "prompt": checkpoint.prompt,
+        "prompt": checkpoint.prompt, "samples": checkpoint.samples, "autoencoder": checkpoint.autoencoder,
     }  # fmt: skip
     try:
         with atomic_path(path) as temporary:
@@ -68,4 +72,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if values["version"] != VERSION:
         raise ValueError(f"{path} is a checkpoint of version {values['version']}, this program reads {VERSION}")
     config = from_dict(json.loads(values["config"]))
-    return Checkpoint(config, values["step"], values["weights"], values["average"], values["optimisers"], values["prompt"])
+    names = ("step", "weights", "average", "optimisers", "prompt", "samples", "autoencoder")
+    return Checkpoint(config, **{name: values[name] for name in names})
+
+
+def check_autoencoder(checkpoint: Checkpoint, found: str) -> None:
+    """Raise ``ValueError`` where a checkpoint was trained on another autoencoder than the ``found`` one."""
+    if checkpoint.autoencoder != found:
+        raise ValueError("the checkpoint was trained on another autoencoder than that of --base: give what the run began with")

@@ -8,27 +8,35 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..bundle import bundle_path
+from ..colour import WAVELET_LEVELS
 from ..device import choose_device
 from . import prepare
 from .batch import Batch
 from .build import Sources, build_networks
-from .checkpoint import FILE, read_checkpoint
-from .config import Config, from_dict, read_config
-from .data import Folder, Mixture, Pairs, batch_numbers, loader
+from .checkpoint import FILE, Checkpoint, read_checkpoint
+from .config import Config, differences, from_dict, read_config
+from .data import Folder, Mixture, Pairs
 from .degradations import PRESETS
 from .dry_run import Estimate, estimate
 from .evaluation import SIDE, make_evaluation_set
 from .export import export
+from .loader import batch_numbers, loader
 from .loop import Loop
+from .perceptual import check_distance
 from .trainers import PretrainTrainer, StudentTrainer, TeacherTrainer, Trainer
 from .validation import load_pairs, validate
+
+log = logging.getLogger(__name__)
 
 TRAINERS = {"pretrain": PretrainTrainer, "teacher": TeacherTrainer, "student": StudentTrainer}
 """By stage."""
@@ -61,8 +69,8 @@ def run(options: argparse.Namespace) -> int:
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--photos", nargs="+", metavar="DIR[=WEIGHT]", help="pictures, or prepared folders")
     parser.add_argument("--out", type=Path, help=f"folder for {FILE} and the logs")
-    parser.add_argument("--base", type=Path, help="small models: a bundle, or builtin; with adapters: an SD3 folder")
-    parser.add_argument("--teacher", type=Path, help="what stage teacher exported: a bundle, or a LoRA")
+    parser.add_argument("--base", type=bundle_path, help="small models: a bundle, or builtin; with adapters: an SD3 folder")
+    parser.add_argument("--teacher", type=bundle_path, help="what stage teacher exported: a bundle, or a LoRA")
     parser.add_argument("--embedding-dir", type=Path, help="with adapters: the fixed prompt's embeddings, a folder or file")
     parser.add_argument("--null", type=Path, help="with adapters: the empty prompt's embeddings")
     parser.add_argument("--validation", type=Path, help="evaluation set, as tsdsr train evalset makes it")
@@ -79,10 +87,11 @@ def _train(options: argparse.Namespace) -> None:
         return
     if options.photos is None or options.out is None:
         raise ValueError("--photos and --out are needed for a run")
-    checkpoint_path = options.out / FILE
-    checkpoint = read_checkpoint(checkpoint_path) if options.resume else None
-    if checkpoint is None and checkpoint_path.exists():
-        raise ValueError(f"{checkpoint_path} exists: go on with --resume, or choose another --out")
+    checkpoint = _checkpoint(config, options)
+    if config.stage == "student":
+        check_distance(config.objective.perceptual)
+    source = _source(config, options.photos)
+    pairs = load_pairs(options.validation) if options.validation else []
     accelerator = _accelerator(config, options)
     sources = Sources(options.base, options.teacher, options.embedding_dir, options.null)
     networks = build_networks(config, sources, accelerator.device)
@@ -91,35 +100,58 @@ def _train(options: argparse.Namespace) -> None:
     loop = Loop(trainer, config, accelerator, options.out)
     if checkpoint is not None:
         loop.resume(checkpoint)
-    pairs = load_pairs(options.validation) if options.validation else []
+    prompt = {"tokens": networks.prompt.tokens.cpu(), "pooled": networks.prompt.pooled.cpu()}
+    source.check_model(networks.autoencoder, {name: tensor.shape[1:] for name, tensor in prompt.items()})
     levels = config.pretrain.wavelet_levels if config.stage == "pretrain" else config.objective.wavelet_levels
 
     def check(restore: Any, step: int) -> Any:
         return validate(
-            pairs, restore, levels, accelerator.device, lambda name, picture: _show(accelerator, name, picture, step)
-        )
+            pairs, restore, levels or WAVELET_LEVELS, accelerator.device,
+            lambda name, picture: _show(accelerator, name, picture, step),
+        )  # fmt: skip
 
+    options.out.mkdir(parents=True, exist_ok=True)
     accelerator.init_trackers("tsdsr")
-    prompt = {"tokens": networks.prompt.tokens.cpu(), "pooled": networks.prompt.pooled.cpu()}
-    loop.run(_batches(config, options.photos, accelerator, loop), prompt, check)
+    loop.run(_batches(config, source, accelerator, loop.seen), prompt, check)
     accelerator.end_training()
 
 
+def _checkpoint(config: Config, options: argparse.Namespace) -> Checkpoint | None:
+    """What the run goes on from."""
+    path = options.out / FILE
+    if not options.resume:
+        if path.exists():
+            raise ValueError(f"{path} exists: go on with --resume, or choose another --out")
+        return None
+    checkpoint = read_checkpoint(path)
+    changed = differences(checkpoint.config, config)
+    if changed:
+        log.warning("going on with other settings than before: %s", "; ".join(changed))
+    return checkpoint
+
+
 def _accelerator(config: Config, options: argparse.Namespace) -> Accelerator:
-    options.out.mkdir(parents=True, exist_ok=True)
     precision = {"fp32": "no", "bf16": "bf16"}[config.run.precision]
-    cpu = choose_device(options.device).type == "cpu"
-    return Accelerator(cpu=cpu, mixed_precision=precision, log_with="tensorboard", project_dir=options.out)
+    device = choose_device(options.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the current one
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, log_with="tensorboard", project_dir=options.out)
 
 
-def _batches(config: Config, photos: list[str], accelerator: Accelerator, loop: Loop) -> Any:
-    """This process's batches from the loop's step on."""
-    data, run = config.data, config.run
+def _source(config: Config, photos: list[str]) -> Pairs:
+    """The training pictures of a stage."""
+    data = config.data
     presets = () if config.stage == "teacher" else tuple(data.presets.items())  # a teacher sees good pictures alone
     mixture = Mixture(data.crop, data.scale, presets, data.synthetic_share)
-    source = Pairs([_folder(text) for text in photos], mixture, run.seed, captions=data.captions)
-    place = run.batch, loop.step * loop.samples, accelerator.process_index, accelerator.num_processes
-    for numbers, sample in zip(batch_numbers(*place), loader(source, *place, data.workers), strict=True):
+    folders, latents = [_folder(text) for text in photos], config.stage != "pretrain"
+    return Pairs(folders, mixture, config.run.seed, captions=data.captions, latents=latents)
+
+
+def _batches(config: Config, source: Pairs, accelerator: Accelerator, start: int) -> Iterator[Batch]:
+    """This process's batches from sample number ``start`` on."""
+    run = config.run
+    place = run.batch, start, accelerator.process_index, accelerator.num_processes
+    for numbers, sample in zip(batch_numbers(*place), loader(source, *place, config.data.workers), strict=True):
         yield Batch.of(sample, numbers, run.seed, accelerator.device)
 
 
@@ -151,6 +183,8 @@ def override(config: Config, changes: list[str]) -> Config:
         except json.JSONDecodeError:
             value = text
         target = values.setdefault(tables[0], {}) if tables else values
+        if not isinstance(target, dict):
+            raise ValueError(f"--set {change}: {tables[0]} is no table")
         target[key] = value
     return from_dict(values)
 
@@ -174,7 +208,7 @@ def _print_estimate(found: Estimate) -> None:
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the LoRA pair, or a .safetensors bundle")
-    parser.add_argument("--base", type=Path, help="small models: what the run began with")
+    parser.add_argument("--base", type=bundle_path, help="small models: what the run began with, or builtin")
     parser.add_argument("--license", default="Apache-2.0", help="to note in a bundle")
 
 

@@ -6,10 +6,11 @@ import dataclasses
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..bundle import DEFAULTS
 from ..flow import SCHEDULE_STEPS
 from .dasm import Trajectory, plan
 from .degradations import PRESETS
@@ -176,6 +177,16 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     return config
 
 
+def differences(before: Config, after: Config) -> list[str]:
+    """``TABLE.KEY BEFORE -> AFTER`` of every setting that differs."""
+    old, new = asdict(before), asdict(after)
+    found = [f"stage {before.stage} -> {after.stage}"] if before.stage != after.stage else []
+    for table in (name for name, value in new.items() if isinstance(value, dict)):
+        keys = (key for key, value in new[table].items() if old[table][key] != value)
+        found += [f"{table}.{key} {old[table][key]} -> {new[table][key]}" for key in keys]
+    return found
+
+
 def _table(kind: Any, values: Mapping[str, Any], name: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(kind)}
     found = {}
@@ -227,6 +238,10 @@ def _check(config: Config) -> None:
             value = getattr(getattr(config, table), key)
             if not holds(value):
                 raise ValueError(f"{name} = {value}: expected {expected}")
+    for name in ("objective", "pretrain"):
+        levels, most = getattr(config, name).wavelet_levels, DEFAULTS["wavelet_levels"][1]
+        if levels > most:
+            raise ValueError(f"{name}.wavelet_levels = {levels}: expected at most {most}")
     _check_data(config.data)
     if config.stage == "pretrain" and config.model.trained != "weights":
         raise ValueError("stage = 'pretrain' trains a small model's own weights: set model.trained = 'weights'")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..restore import bicubic
 from . import synthetic
@@ -94,6 +93,26 @@ class Pairs(Dataset[dict[str, Tensor]]):
     def _model_tensors(self) -> list[str]:
         return ["latent"] * self.has_latents + ["tokens", "pooled"] * self.has_captions
 
+    def check_model(self, autoencoder: str, prompt: Mapping[str, Sequence[int]]) -> None:
+        """Raise ``ValueError`` where cached latents or captions are of another base model than that of a run.
+
+        Args:
+            autoencoder: its fingerprint (``networks.fingerprint``).
+            prompt: shapes of ``tokens`` and ``pooled`` of one sample.
+        """
+        for source in self.sources:
+            if not isinstance(source, Prepared):
+                continue
+            if self.has_latents and source.settings.autoencoder != autoencoder:
+                raise ValueError(
+                    f"{source.folder} has latents of another autoencoder ({source.settings.base}) than that of --base: "
+                    "prepare it again with this base"
+                )
+            found = {name: source.shapes[name] for name in prompt if self.has_captions}
+            if any(list(prompt[name]) != shape for name, shape in found.items()):
+                raise ValueError(f"{source.folder} has captions of shapes {found}, the prompt has {dict(prompt)}: "
+                                 "prepare captions and prompt with the same base")  # fmt: skip
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Sample number ``index``, float32 on the CPU.
 
@@ -137,27 +156,6 @@ class Pairs(Dataset[dict[str, Tensor]]):
         if not self._model_tensors:
             pair = turned(pair, generator)
         return {"low": pair[0], "high": pair[1], **{name: tensors[name].float() for name in self._model_tensors}}
-
-
-def loader(
-    dataset: Dataset[dict[str, Tensor]], batch: int, start: int, rank: int, processes: int, workers: int
-) -> Iterator[dict[str, Tensor]]:
-    """Endless batches from global sample number ``start`` on: each sample's tensors stacked, ``(batch, ...)``.
-
-    Step k of process ``rank``, of ``processes``, takes the samples from ``start + (k * processes + rank) * batch`` on.
-    Nothing is drawn from torch's global generator.
-
-    Args:
-        workers: processes that prepare batches in parallel; 0 prepares them when they are asked for.
-    """
-    indices = batch_numbers(batch, start, rank, processes)
-    return iter(DataLoader(dataset, batch_sampler=indices, num_workers=workers, generator=torch.Generator()))
-
-
-def batch_numbers(batch: int, start: int, rank: int, processes: int) -> Iterator[list[int]]:
-    """The numbers of the samples in each batch of ``loader``, endlessly."""
-    firsts = itertools.count(start + rank * batch, processes * batch)
-    return (list(range(first, first + batch)) for first in firsts)
 
 
 def _split_weights(folders: Sequence[Folder]) -> tuple[list[Path], list[float]]:

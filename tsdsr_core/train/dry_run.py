@@ -46,7 +46,8 @@ class Estimate:
 def estimate(config: Config) -> Estimate:
     """Count one step of a LoRA stage.
 
-    The perceptual term is counted as "gradients": LPIPS adds the activations of its own network.
+    The perceptual term is counted as "gradients": LPIPS adds the activations of its own network.  What adapters compute is
+    counted in fp32, without autocast.
 
     Raises:
         ValueError: for a run that trains a small model's weights.
@@ -75,7 +76,7 @@ def _networks(config: Config) -> Networks:
         transformer = SD3Transformer2DModel(**TRANSFORMER_CONFIG)
         nn.Module.to(transformer, dtype)
         vae = AutoencoderKL(**VAE_CONFIG).requires_grad_(False)
-        add_adapters(config, transformer, vae)
+        add_adapters(config, transformer, vae, config.model.rank)
         prompt = Condition(torch.empty(TOKENS_SHAPE), torch.empty(POOLED_SHAPE))
     if config.model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()

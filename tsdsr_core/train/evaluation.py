@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..image_io import Picture, read_picture, write_picture
+from ..image_io import Picture, read_header, read_picture, write_picture
 from ..jobs import collect
 from .degradations import degrade
 
@@ -24,10 +24,12 @@ def make_evaluation_set(photos: Path, out: Path, presets: Sequence[str]) -> None
         photos: folder of pictures of at least 512x512 pixels.
 
     Raises:
-        ValueError: for a folder without pictures or a picture that is too small.
+        ValueError: for a folder without pictures, a picture that is too small, or two of one name; nothing is written then.
     """
-    for path in collect([str(photos)]).paths:
-        high = centre_crop(read_picture(path).rgb[0], path)
+    paths = collect([str(photos)]).paths
+    _check(paths)
+    for path in paths:
+        high = centre_crop(read_picture(path).rgb[0])
         write_picture(out / "hq" / f"{path.stem}.png", Picture(high[None]))
         for preset in presets:
             seed = zlib.crc32(f"{path.stem} {preset}".encode())  # by name: adding a picture leaves the others as they were
@@ -35,10 +37,17 @@ def make_evaluation_set(photos: Path, out: Path, presets: Sequence[str]) -> None
             write_picture(out / f"lq-{preset}" / f"{path.stem}.png", Picture(low[None]))
 
 
-def centre_crop(image: Tensor, path: Path) -> Tensor:
-    """The middle 512x512 of ``(3, H, W)``; ``path`` is named where it is smaller."""
-    height, width = image.shape[1:]
-    if min(height, width) < SIDE:
-        raise ValueError(f"{path} has {width}x{height} pixels: evaluation needs at least {SIDE}x{SIDE}")
-    top, left = (height - SIDE) // 2, (width - SIDE) // 2
+def _check(paths: Sequence[Path]) -> None:
+    taken: dict[str, Path] = {}
+    for path in paths:
+        header = read_header(path)
+        if min(header.height, header.width) < SIDE:
+            raise ValueError(f"{path} has {header.width}x{header.height} pixels: evaluation needs at least {SIDE}x{SIDE}")
+        if (other := taken.setdefault(path.stem, path)) != path:
+            raise ValueError(f"{other} and {path} have the same name: leave out one of them")
+
+
+def centre_crop(image: Tensor) -> Tensor:
+    """The middle 512x512 of ``(3, H, W)``."""
+    top, left = (image.shape[1] - SIDE) // 2, (image.shape[2] - SIDE) // 2
     return image[:, top : top + SIDE, left : left + SIDE]

@@ -7,16 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..bundle import Bundle, write_bundle
 from ..diffusers_models import merged_bundle
-from ..files import atomic_path
+from ..files import atomic_path, write_tensors
 from ..lora import TRANSFORMER_FILE, VAE_FILE
 from ..prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds
 from .build import Sources, build_networks
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, check_autoencoder
 from .config import Config
 from .networks import STUDENT, TEACHER, set_parameters
 from .preview import fit_preview, measure
@@ -62,8 +61,7 @@ def _write_adapters(checkpoint: Checkpoint, out: Path, notes: Mapping[str, str] 
         return
     for part, file in (("transformer", TRANSFORMER_FILE), ("vae", VAE_FILE)):
         if parts[part]:
-            with atomic_path(out / file) as temporary:
-                save_file({f"transformer.{key}": value for key, value in parts[part].items()}, temporary)
+            write_tensors(out / file, {f"transformer.{key}": value for key, value in parts[part].items()})
     for tensor, file in ((prompt.tokens, TOKENS_FILE), (prompt.pooled, POOLED_FILE)):
         with atomic_path(out / file) as temporary:
             torch.save(tensor.clone(), temporary)
@@ -84,6 +82,7 @@ def _small_bundle(checkpoint: Checkpoint, base: Path | None, notes: Mapping[str,
     config = checkpoint.config
     plain = replace(config, objective=replace(config.objective, name="supervised"))  # a student alone needs no teacher
     networks = build_networks(plain, Sources(base), CPU)
+    check_autoencoder(checkpoint, networks.autoencoder)
     role = TEACHER if config.stage == "teacher" else STUDENT
     set_parameters(networks.parameters(role), checkpoint.average, "the checkpoint (give what the run began with as --base)")
     transformer, vae = networks.transformers[role], networks.student_vae

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .batch import Batch
-from .checkpoint import FILE, Checkpoint, write_checkpoint
+from .checkpoint import FILE, Checkpoint, check_autoencoder, write_checkpoint
 from .config import Config, Optimiser
 from .networks import set_parameters
 from .trainers import Trainer
@@ -38,15 +38,9 @@ class Loop:
             )
             for name, group in trainer.groups.items()
         }
-        self.step = 0
+        self.step = self.seen = 0
         self.first = next(iter(trainer.groups.values())).parameters
         self.average = {name: parameter.detach().clone() for name, parameter in self.first.items()}
-
-    @property
-    def samples(self) -> int:
-        """Samples of one step, over all processes."""
-        run = self.config.run
-        return run.batch * run.accumulate * self.accelerator.num_processes
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on where a checkpoint stopped.
@@ -54,11 +48,15 @@ class Loop:
         Raises:
             ValueError: where it is of another model.
         """
+        check_autoencoder(checkpoint, self.trainer.networks.autoencoder)
         for name, group in self.trainer.groups.items():
             set_parameters(group.parameters, checkpoint.weights.get(name, {}), f"the {name} in the checkpoint")
+            own = [dict(group) for group in self.optimisers[name].param_groups]
             self.optimisers[name].load_state_dict(checkpoint.optimisers[name])
+            for restored, configured in zip(self.optimisers[name].param_groups, own, strict=True):
+                restored.update({key: configured[key] for key in ("betas", "weight_decay")})  # as is the learning rate
         self.average = {name: checkpoint.average[name].to(value) for name, value in self.average.items()}
-        self.step = checkpoint.step
+        self.step, self.seen = checkpoint.step, checkpoint.samples
 
     def run(self, batches: Iterator[Batch], prompt: Mapping[str, Tensor], validate: Validate) -> None:
         """Train up to the configured step.
@@ -72,18 +70,19 @@ class Loop:
             while self.step < run.steps:
                 losses = self._one_step(batches)
                 self.step += 1
+                self.seen += run.batch * run.accumulate * self.accelerator.num_processes
                 self._update_average()
                 bar.update()
                 bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
                 self.accelerator.log({f"loss/{name}": value for name, value in losses.items()}, self.step)
                 over = self.step == run.steps
+                if main and (over or self.step % run.save_every == 0):
+                    write_checkpoint(self.out / FILE, self._checkpoint(prompt))
+                    log.info("step %d: %s", self.step, ", ".join(f"{name} {value:.5f}" for name, value in losses.items()))
                 if main and (over or self.step % run.validate_every == 0):
                     with self.averaged():
                         figures = validate(self.trainer.restore, self.step)
                     self.accelerator.log({f"validation/{name}": value for name, value in figures.items()}, self.step)
-                if main and (over or self.step % run.save_every == 0):
-                    write_checkpoint(self.out / FILE, self._checkpoint(prompt))
-                    log.info("step %d: %s", self.step, ", ".join(f"{name} {value:.5f}" for name, value in losses.items()))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -155,7 +154,8 @@ class Loop:
             for name, group in self.trainer.groups.items()
         }
         states: dict[str, Any] = {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}
-        return Checkpoint(self.config, self.step, weights, self.average, states, prompt)
+        autoencoder = self.trainer.networks.autoencoder
+        return Checkpoint(self.config, self.step, weights, self.average, states, prompt, self.seen, autoencoder)
 
 
 def learning_rate_factor(settings: Optimiser, step: int, steps: int) -> float:

@@ -60,7 +60,7 @@ def distribution_gradient(
     gradient = torch.zeros_like(z_hat)
     following = (*trajectory.offsets[1:], None)
     for weight, offset in zip(trajectory.weights, following, strict=True):
-        psi_hat, phi_hat, psi_real = psi(path_hat, sigma), phi(path_hat, sigma), psi(path, sigma)
+        psi_hat, psi_real, phi_hat = psi(path_hat, sigma), psi(path, sigma), phi(path_hat, sigma)  # psi's adapter once
         gradient += weight * target_score_distillation(psi_hat, phi_hat, psi_real, sigma, vsd_share)
         if offset is not None:
             lower = levels[starts + offset]

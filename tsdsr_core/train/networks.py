@@ -6,9 +6,11 @@ their own each.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,7 +60,9 @@ class Networks:
         self.prompt, self.null, self.adapters = prompt, null, adapters
         self.scaling_factor = float(vae.config["scaling_factor"])
         self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
-        """Mixed precision of the networks alone: what is made of their results stays in fp32."""
+        """Mixed precision of the transformers; the autoencoder, whose adapter changes little, and the losses stay in fp32."""
+        self._active: dict[int, str | None] = {}
+        """The adapter that each model runs with, by ``id``."""
 
     @property
     def device(self) -> torch.device:
@@ -82,23 +86,19 @@ class Networks:
         """Scaled latents, the posterior's mode, of pixels ``(B, 3, H, W)`` in 0..1."""
         vae = self.student_vae if student else self.vae
         if self.adapters:
-            _switch(vae, STUDENT if student else None)
-        with self.autocast():
-            latent = vae.encode(pixels * 2 - 1).latent_dist.mode()
-        return latent.float() * self.scaling_factor
+            self._switch(vae, STUDENT if student else None)
+        return vae.encode(pixels * 2 - 1).latent_dist.mode() * self.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:
         """Pixels in about 0..1 of scaled latents; the decoder has no adapters."""
-        with self.autocast():
-            pixels = self.vae.decode(z / self.scaling_factor, return_dict=False)[0]
-        return pixels.float() / 2 + 0.5
+        return self.vae.decode(z / self.scaling_factor, return_dict=False)[0] / 2 + 0.5
 
     def activate(self, role: str) -> None:
         """Make a role's adapter the active one: before it runs, and again before gradients flow back through it."""
         if self.adapters:
-            _switch(self.transformers[role], role)
+            self._switch(self.transformers[role], role)
             if role == STUDENT:
-                _switch(self.student_vae, role)
+                self._switch(self.student_vae, role)
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """What a role trains, by name: its transformer's and, for the student, its encoder's."""
@@ -112,6 +112,36 @@ class Networks:
                 if own:
                     found[f"{part}.{name}"] = parameter
         return found
+
+    @cached_property
+    def autoencoder(self) -> str:
+        """Fingerprint of the autoencoder that is not trained, by which latents are known as its own; empty where it is."""
+        if not self.adapters and any(parameter.requires_grad for parameter in self.vae.parameters()):
+            return ""
+        return fingerprint(self.vae)
+
+    def _switch(self, model: Any, role: str | None) -> None:
+        """Make one adapter of a diffusers model the active one; where it has none of that name, the plain base runs."""
+        known = getattr(model, "peft_config", {})
+        role = role if role in known else None
+        if not known or self._active.get(id(model), "unknown") == role:  # walking through all layers takes its time
+            return
+        if role is None:
+            model.disable_adapters()
+        else:
+            model.enable_adapters()
+            model.set_adapter(role)
+        self._active[id(model)] = role
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits that tell a model's weights in fp32, its adapters left out, from any others."""
+    weights = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items() if ".lora_" not in name}
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].float().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -129,13 +159,3 @@ def set_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str, 
         raise ValueError(f"{what} is of another model: {len(wrong)} weights differ, such as {', '.join(wrong[:4])}")
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
-
-
-def _switch(model: Any, role: str | None) -> None:
-    """Make one adapter of a diffusers model the active one; where it has none of that name, the plain base runs."""
-    known = getattr(model, "peft_config", {})
-    if role in known:
-        model.enable_adapters()
-        model.set_adapter(role)
-    elif known:
-        model.disable_adapters()

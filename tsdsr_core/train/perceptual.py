@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -32,18 +33,17 @@ def gradients(image: Tensor, reference: Tensor) -> Tensor:
     return total / (2 * SCALES)
 
 
-def lpips(device: torch.device) -> Distance:
-    """LPIPS (Zhang et al. 2018) with VGG features, through pyiqa, which fetches its weights where they are not there yet.
+def check_distance(name: str) -> None:
+    """Raise ``ValueError`` where the distance called ``name`` cannot be had, before models are loaded for it."""
+    if name == "lpips" and importlib.util.find_spec("pyiqa") is None:
+        raise ValueError("perceptual = 'lpips' needs pyiqa: pip install -e '.[metrics]', or set perceptual = 'gradients'")
 
-    Raises:
-        ValueError: where pyiqa is not installed.
-    """
-    try:
-        import pyiqa  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise ValueError(
-            f"perceptual = 'lpips' needs pyiqa: pip install 'tsdsr[metrics]', or set perceptual = 'gradients' ({error})"
-        ) from error
+
+def lpips(device: torch.device) -> Distance:
+    """LPIPS (Zhang et al. 2018) with VGG features, through pyiqa, which fetches its weights where they are not there yet."""
+    check_distance("lpips")
+    import pyiqa  # type: ignore[import-not-found]
+
     metric = pyiqa.create_metric("lpips-vgg", device=device, as_loss=True)
     return lambda image, reference: metric(image.clamp(0, 1), reference).mean()
 

@@ -21,10 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..bundle import bundle_path
 from ..device import DEVICES, DTYPES, choose_device
 from ..diffusers_models import load_vae
 from ..prompt import save_prompt
 from .degradations import PRESETS, degrade
+from .networks import fingerprint
 from .prepared import (
     INDEX,
     NULL_FILE,
@@ -61,7 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help="folders of pictures, or quoted globs")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder to make or to go on with")
     parser.add_argument(
-        "--base", type=Path, required=True, metavar="FOLDER|BUNDLE", help="SD3 folder in diffusers' layout, or merged bundle"
+        "--base",
+        type=bundle_path,
+        required=True,
+        metavar="FOLDER|BUNDLE",
+        help="SD3 folder in diffusers' layout, merged bundle, or builtin",
     )
     parser.add_argument("--crop", type=int, default=512, help="side of a crop in pixels")
     parser.add_argument("--crops", type=int, default=1, help="crops of a picture; fewer where it is too small for so many")
@@ -87,16 +93,17 @@ def run(options: argparse.Namespace) -> int:
     """
     _check_options(options)
     device = choose_device(options.device)
-    settings = _settings(options)
+    vae: Any = load_vae(options.base) if options.inputs else None
+    settings = _settings(options, vae)
     tasks = _plan(options.inputs, options.output, settings) if options.inputs else []
     captions = read_captions([task.source for task in tasks], options.caption_default) if options.captions else {}
     pending = [task for task in tasks if not all(is_complete(file, settings, task.source) for file in task.files)]
-    vae = _load_vae(options.base, settings).to(device) if tasks else None
     text = TextEncoder(options.base, device) if _wants_text(options) else None
     if text is not None:
         _write_prompts(text, options.prompt, options.output, DTYPES[options.dtype])
     if tasks:
-        _make(tasks, pending, settings, Encoders(vae, text, captions, DTYPES[options.dtype]), options.workers)
+        encoders = Encoders(vae.to(device), text, captions, DTYPES[options.dtype])
+        _make(tasks, pending, settings, encoders, options.workers)
         _finish(tasks, settings, options.output)
     return 0
 
@@ -213,9 +220,10 @@ def _wants_text(options: argparse.Namespace) -> bool:
     return options.captions or options.null or options.prompt is not None
 
 
-def _settings(options: argparse.Namespace) -> Settings:
-    return Settings(
+def _settings(options: argparse.Namespace, vae: Any) -> Settings:
+    settings = Settings(
         base=str(options.base.resolve()),
+        autoencoder="" if vae is None else fingerprint(vae),
         crop=options.crop,
         crops=options.crops,
         seed=options.seed,
@@ -226,6 +234,9 @@ def _settings(options: argparse.Namespace) -> Settings:
         caption_default=options.caption_default,
         dtype=options.dtype,
     )
+    if vae is not None:
+        _check_crop(settings, vae)
+    return settings
 
 
 def _plan(inputs: Sequence[Path], output: Path, settings: Settings) -> list[Task]:
@@ -244,13 +255,11 @@ def _plan(inputs: Sequence[Path], output: Path, settings: Settings) -> list[Task
     return tasks
 
 
-def _load_vae(base: Path, settings: Settings) -> Any:
-    vae = load_vae(base)
+def _check_crop(settings: Settings, vae: Any) -> None:
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     multiple = math.lcm(2 * factor, settings.scale or 1)  # the transformer's patches are 2 latent cells
     if settings.crop % multiple:
         raise ValueError(f"--crop {settings.crop}: expected a multiple of {multiple} with this base model and scale")
-    return vae
 
 
 def _write_prompts(text: TextEncoder, prompt: str | None, output: Path, dtype: torch.dtype) -> None:

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import atomic_path
+from ..files import atomic_path, write_tensors
 from .sources import shared_flags
 
 INDEX = "prepared.json"
@@ -42,6 +41,8 @@ class Settings:
 
     base: str
     """The base model's path."""
+    autoencoder: str
+    """Fingerprint of its autoencoder (``networks.fingerprint``)."""
     crop: int
     crops: int
     """Greatest number of crops of a picture."""
@@ -60,10 +61,8 @@ class Settings:
 
 def write_sample(path: Path, tensors: Mapping[str, Tensor], settings: Settings, source: Path) -> None:
     """Write one crop of the picture ``source``, all or nothing."""
-    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     made_of = {"settings": asdict(settings), "source": str(source.resolve())}
-    with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, {_METADATA_KEY: json.dumps(made_of)})
+    write_tensors(path, tensors, {_METADATA_KEY: json.dumps(made_of)})
 
 
 def is_complete(path: Path, settings: Settings, source: Path) -> bool:

@@ -36,6 +36,7 @@ class Group:
 class Trainer(Protocol):
     """What the loop runs."""
 
+    networks: Networks
     groups: Mapping[str, Group]
     """By name; the first is what is exported."""
 

@@ -13,7 +13,7 @@ from ..colour import match_colour
 from ..image_io import read_picture
 from ..metrics import mean, psnr_y, ssim_y
 from ..restore import bicubic
-from ..spectrum import PERIODS, grid_peaks, sharpness
+from ..spectrum import LEAST_SIDE, PERIODS, grid_peaks, sharpness
 
 Show = Callable[[str, Tensor], None]
 """Takes a name and a picture ``(3, H, W)`` in 0..1."""
@@ -37,13 +37,15 @@ def load_pairs(folder: Path) -> list[Pair]:
     """The first pictures of each preset of an evaluation set, as ``make_evaluation_set`` wrote it.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: where there is none, or one is too small for its spectrum.
     """
     presets = sorted(folder.glob("lq-*"))
     pairs = []
     for preset in presets:
         for path in sorted(preset.glob("*.png"))[:PICTURES]:
             high = read_picture(folder / "hq" / path.name).rgb
+            if min(high.shape[2:]) < LEAST_SIDE:
+                raise ValueError(f"--validation {folder}: {path.name} has sides below {LEAST_SIDE} pixels")
             low = bicubic(read_picture(path).rgb, (high.shape[2], high.shape[3]))
             pairs.append(Pair(preset.name.removeprefix("lq-"), path.stem, low, high))
     if not pairs:
@@ -60,7 +62,7 @@ def validate(
 
     Args:
         restore: enlarged low quality to restored pictures; None ends it without figures.
-        wavelet_levels: of the colour fix; 0 for none.
+        wavelet_levels: of the colour fix.
     """
     figures: dict[str, list[float]] = {}
     shown: dict[str, int] = {}
@@ -69,8 +71,7 @@ def validate(
         result = restore(low)
         if result is None:
             return {}
-        result = match_colour(result, low, "wavelet", wavelet_levels).clamp(0, 1) if wavelet_levels else result
-        result = result.float().cpu()
+        result = match_colour(result, low, "wavelet", wavelet_levels).clamp(0, 1).float().cpu()
         found = {"psnr_y": psnr_y(result, pair.high), "ssim_y": ssim_y(result, pair.high), "sharpness": sharpness(result)}
         found |= {f"grid_{period}": grid_peaks(result, period) for period in PERIODS}
         for name, value in found.items():

@@ -264,7 +264,7 @@ def test_a_lora_wakes_an_idle_attention_at_its_first_run(host, sd3):
         graph = Graph()
         image = graph.add("LoadImage", image="photo.png")
         image = graph.add("ImageScale", image=(image, 0), upscale_method="area", width=64, height=48, crop="center")
-        lora, _ = load_sd3(graph, vae_strength=3.0)
+        lora, _ = load_sd3(graph, vae_strength=2.0)
         graph.nodes[graph.nodes[lora]["inputs"]["vae"][0]]["inputs"]["vae_name"] = "idle.safetensors"
         latent = graph.add(encode, vae=(lora, 1), **{pixels: (image, 0)})
         decoded = graph.add("VAEDecode", vae=(lora, 1), samples=(latent, 0))

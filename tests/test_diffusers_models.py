@@ -7,7 +7,6 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
-from tsdsr_core.device import choose_device, choose_dtype
 from tsdsr_core.diffusers_models import DiffusersModel, check_folder, folder_shapes, load_folder
 from tsdsr_core.lora import load_lora
 from tsdsr_core.prompt import PromptEmbeds, load_prompt
@@ -161,16 +160,3 @@ def test_odd_configurations_are_named(text, published, tmp_path):
 def test_folder_shapes_come_without_weights(published):
     shapes = folder_shapes(published.sd3, "vae")
     assert shapes["encoder.conv_in"] == (8, 3, 3, 3)
-
-
-def test_devices_and_types_are_chosen_by_name():
-    assert choose_device("cpu") == CPU
-    assert choose_device("auto").type in ("cpu", "cuda", "mps", "xpu")
-    assert choose_dtype("auto", CPU) == torch.float32
-    assert choose_dtype("auto", torch.device("cuda")) == torch.float16
-    assert choose_dtype("bf16", CPU) == torch.bfloat16
-    for name in ("gpu", "meta", *(kind for kind in ("cuda", "mps", "xpu") if not getattr(torch, kind).is_available())):
-        with pytest.raises(ValueError, match=name):
-            choose_device(name)
-    with pytest.raises(ValueError, match="fp8"):
-        choose_dtype("fp8", CPU)

@@ -72,6 +72,36 @@ def test_a_sampled_posterior_follows_its_seed(published):
         model.restorer("mean")
 
 
+def test_a_compiler_that_fails_is_done_without(published, caplog, monkeypatch):
+    low, model, calls = photo(24, 24), load(published), []
+    expected = restore(low, model.restorer(), SMALL)
+
+    def fail(**given):
+        calls.append(given)
+        raise NotImplementedError("no compiler here\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", lambda module: fail)
+    model.compile()
+    for _ in range(2):
+        assert torch.equal(restore(low, model.restorer(), SMALL), expected)
+    assert [record.getMessage() for record in caplog.records] == ["torch.compile failed, going on without it: no compiler here"]
+    assert len(calls) == 1
+
+
+def test_a_compiled_transformer_may_run_out_of_memory(published, monkeypatch):
+    """Which says nothing against the compiler: smaller batches of tiles follow."""
+    model = load(published)
+
+    def short(**given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda module: short)
+    model.compile()
+    with pytest.raises(torch.OutOfMemoryError):
+        model.velocity(torch.zeros(1, 16, 8, 8))
+    assert model.compiled is short
+
+
 def test_strengths_reach_their_own_lora(published):
     low = photo(24, 24)
     full = restore(low, load(published).restorer(), SMALL)

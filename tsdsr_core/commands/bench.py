@@ -81,7 +81,11 @@ class Trial:
 
     def warm(self) -> None:
         """Run once for nothing."""
-        self.attempt(lambda *given: run_once(*given) and None)
+
+        def work(*given: Any) -> None:
+            run_once(*given)
+
+        self.attempt(work)
 
     def time(self) -> None:
         """Run once, and tell of it."""

@@ -108,9 +108,11 @@ def test_memory_that_cannot_be_told_is_not_made_up(monkeypatch):
         assert peak() is None
 
 
-def test_wrong_sides_are_named(capsys):
+def test_wrong_sides_and_a_limit_without_a_gpu_are_named(capsys):
     assert main(["bench", "--outputs", "500"]) == 2
     assert "expected sides in multiples of 64" in capsys.readouterr().err
+    assert main(["bench", "--memory", "4", "--device", "cpu"]) == 2
+    assert "--memory 4: goes with a GPU" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):

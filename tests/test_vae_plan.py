@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsdsr_core.sd3 import VAE_CONFIG
-from tsdsr_core.vae_plan import LEAST_TILE, Form, Region, plan_places, plan_tiles, reading
+from tsdsr_core.vae_plan import LEAST_TILE, PLACES, Form, Region, plan_places, plan_tiles, reading
 from tsdsr_core.vae_program import decoder_program, encoder_program
 
 GB = 10**9
@@ -147,6 +147,12 @@ def test_too_little_memory_still_gives_a_plan(sd3):
     plan = plan_tiles(sd3["decoder"], 512, 512, 2, 1000)
     assert (plan.maps, plan.keys, plan.fits) == ("host", "host", False)
     assert {step.tile_height for step in plan.steps} == {LEAST_TILE}
+
+
+@pytest.mark.parametrize(("free", "keys"), [(80 * GB, "device"), (1000, "host"), (None, "device")])
+def test_only_the_given_places_are_tried(sd3, free, keys):
+    plan = plan_tiles(sd3["decoder"], 96, 64, 2, free, places=PLACES[1:])
+    assert (plan.maps, plan.keys) == ("host", keys)
 
 
 def test_given_places_are_kept(sd3):

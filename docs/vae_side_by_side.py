@@ -1,9 +1,11 @@
-"""Decode one latent untiled, with the exact tiled VAE and with diffusers' tiling: error, time and a picture of the errors.
+"""Decode one latent untiled, with the exact tiled VAE and with diffusers' tiling: error, time, memory, a picture of the errors.
 
-    python docs/vae_side_by_side.py --side 512 --tile 256 --picture docs/images/vae_errors.png
+    python docs/vae_side_by_side.py --side 512 --tile 256 --repeats 2 --picture docs/images/vae_errors.png
+    python docs/vae_side_by_side.py --device cuda --dtype fp16 --side 4096 --memory 2.5
 
-Random weights at the widths of SD3's autoencoder; each decoder runs in turn, the fastest run counts. ``--plans`` prints
-what the exact one plans for larger pictures in 16 bit, without running it.
+Random weights at the widths of SD3's autoencoder; each decoder runs in turn, the fastest run counts. Memory is what a run
+allocates at most on a CUDA device; on the CPU, by how much the process grew, which is less once it has grown before.
+``--plans`` prints what the exact one plans for larger pictures in 16 bit, without running it. Needs the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from tsdsr_core.bench import machine, peak_memory, synchronise
+from tsdsr_core.device import DTYPES, choose_device, choose_dtype, free_memory, free_ram, release_memory
 from tsdsr_core.sd3 import VAE_CONFIG
 from tsdsr_core.vae_plan import plan_tiles
 from tsdsr_core.vae_program import decoder_program
-from tsdsr_core.vae_tiled import run
+from tsdsr_core.vae_tiled import plan_and_run
 
-CPU = torch.device("cpu")
 FREE = 2.5e9
 
 
@@ -33,6 +36,9 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=512, help="of the picture")
     parser.add_argument("--tile", type=int, default=256, help="side of the tiles in pixels, for both tiled decoders")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    parser.add_argument("--memory", type=float, help="GB of the device that the exact one may take beside the weights")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--plans", action="store_true")
     options = parser.parse_args()
@@ -41,33 +47,50 @@ def main() -> None:
     if options.plans:
         plans(vae)
         return
-    latent = torch.randn(1, 16, options.side // 8, options.side // 8)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32; of no effect in 16 bit
+    torch.nn.Module.to(vae, device, dtype)
+    latent = torch.randn(1, 16, options.side // 8, options.side // 8).to(device, dtype)
     decoders: dict[str, Callable[[Tensor], Tensor]] = {
-        "untiled": lambda z: vae.decode(z, return_dict=False)[0],
-        "exact": lambda z: exact(vae, z, None),
-        f"exact, tile {options.tile}": lambda z: exact(vae, z, options.tile),
-        "diffusers tiling": lambda z: tiled(vae, z, options.tile),
+        "untiled": torch.inference_mode()(lambda z: vae.decode(z, return_dict=False)[0]),
+        "exact": lambda z: exact(vae, z, None, options.memory),
+        f"exact, tile {options.tile}": lambda z: exact(vae, z, options.tile, options.memory),
+        "diffusers tiling": torch.inference_mode()(lambda z: tiled(vae, z, options.tile)),
     }
-    results, seconds = {}, {name: [] for name in decoders}
+    print(f"{machine(device)}, {dtype}, {options.side}x{options.side}")
+    results, seconds, peaks = {}, {name: [] for name in decoders}, {name: [] for name in decoders}
     for _ in range(options.repeats):
         for name, decode in decoders.items():
-            start = time.perf_counter()
-            results[name] = decode(latent)
-            seconds[name].append(time.perf_counter() - start)
+            with peak_memory(device) as peak:
+                start = time.perf_counter()
+                result = decode(latent)
+                synchronise(device)
+                seconds[name].append(time.perf_counter() - start)
+                peaks[name].append(peak())
+            results[name] = result.float().cpu()
+            del result
     whole = results["untiled"]
+    taken = "process grew by" if device.type == "cpu" else "peak"
     for name, result in results.items():
         error = (result - whole).abs()
         relative = error.max() / whole.abs().max()
+        memory = "-" if None in peaks[name] else f"{max(peaks[name]) / 1e9:.2f} GB"
         print(f"{name:20} {min(seconds[name]):7.2f} s  {min(seconds[name]) / min(seconds['untiled']):5.2f} x untiled  "
+              f"{taken} {memory}  "
               f"greatest error {relative:.1e}, mean {error.mean() / whole.abs().mean():.1e}")  # fmt: skip
     if options.picture:
         draw(results, whole, options.picture)
 
 
-def exact(vae: AutoencoderKL, z: Tensor, tile: int | None) -> Tensor:
-    """This project's decoder."""
-    program = decoder_program(vae)
-    return run(program, z, plan_tiles([op.form for op in program], *z.shape[2:], z.itemsize, None, tile), CPU)
+def exact(vae: AutoencoderKL, z: Tensor, tile: int | None, memory: float | None) -> Tensor:
+    """This project's decoder; ``memory`` in GB."""
+
+    def free() -> int | None:
+        found = free_memory(z.device)
+        return found if found is None or memory is None else min(found, int(memory * 1e9))
+
+    return plan_and_run(decoder_program(vae), z, z.device, free, tile, free_ram, release=lambda: release_memory(z.device))
 
 
 def tiled(vae: AutoencoderKL, z: Tensor, tile: int) -> Tensor:

@@ -5,9 +5,12 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from tsdsr_core.bench import SIZES, load_official, load_ours, write_files
+from tsdsr_core import bench
+from tsdsr_core.bench import SIZES, load_official, load_ours, peak_memory, synchronise, write_files
 from tsdsr_core.cli import main
+from tsdsr_core.commands import bench as command
 from tsdsr_core.restore import Options, restore
 
 from .tiny import photo
@@ -48,9 +51,68 @@ def test_it_prints_a_table_and_ends_in_json(folder, capsys):
     assert report["weights"]["ours"] < report["weights"]["published"]
 
 
-def test_wrong_sides_are_named(capsys):
+def report_of(folder, capsys, *arguments: str) -> dict:
+    given = ["bench", "--outputs", "128", "--repeats", "1", "--dtype", "fp32", "--device", "cpu", "--work", str(folder)]
+    assert main([*given, *arguments]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_what_is_compiled_is_compiled_before_it_is_timed_and_not_under_a_counter(folder, capsys, monkeypatch):
+    """torch.compile gives up for good what it first meets under a dispatch mode, such as the counter of operations."""
+    modes = []
+
+    def compiled(model):
+        return lambda **given: modes.append(is_in_torch_dispatch_mode()) or model(**given)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    rows = report_of(folder, capsys, "--only", "ours", "--compile")["rows"]
+    assert modes == [False] * len(modes)
+    assert len(modes) == 2, "one run that is not timed, and one that is; one batch of tiles each"
+    assert rows[0]["flops"] > 1e9
+
+
+@pytest.mark.parametrize("error", [MemoryError("the VAE needs 90 GB"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_what_does_not_fit_is_a_row_too(folder, capsys, monkeypatch, error):
+    run_once = command.run_once
+
+    def short(contender, side, device):
+        if contender.name == "published":
+            raise error
+        return run_once(contender, side, device)
+
+    monkeypatch.setattr(command, "run_once", short)
+    published, ours = report_of(folder, capsys)["rows"]
+    assert published == {"side": 128, "name": "published", "error": str(error)}
+    assert ours["seconds"] > 0
+
+
+def test_other_errors_end_it(folder, monkeypatch):
+    def fault(*_):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(command, "run_once", fault)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(["bench", "--outputs", "128", "--only", "ours", "--dtype", "fp32", "--device", "cpu", "--work", str(folder)])
+
+
+def test_the_chosen_device_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    synchronise(torch.device("cuda", 1))
+    assert waited == [torch.device("cuda", 1)]
+
+
+def test_memory_that_cannot_be_told_is_not_made_up(monkeypatch):
+    monkeypatch.setattr(bench, "release_memory", lambda device: None)
+    with peak_memory(torch.device("mps")) as peak:
+        assert peak() is None
+
+
+def test_wrong_sides_and_a_limit_without_a_gpu_are_named(capsys):
     assert main(["bench", "--outputs", "500"]) == 2
     assert "expected sides in multiples of 64" in capsys.readouterr().err
+    assert main(["bench", "--memory", "4", "--device", "cpu"]) == 2
+    assert "--memory 4: goes with a GPU" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):

@@ -27,6 +27,7 @@ INFERENCE = {
     "memory",
     "files",
     "vae_keys",
+    "vae_mover",
     "vae_plan",
     "vae_program",
     "vae_tiled",

@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tsdsr_core import diffusers_models
+from tsdsr_core import diffusers_models, vae_tiled
 from tsdsr_core.bundle import read_bundle
 from tsdsr_core.cli import main
+from tsdsr_core.commands import model_options
+from tsdsr_core.commands import upscale as upscale_command
 from tsdsr_core.diffusers_models import DiffusersModel
 from tsdsr_core.image_io import Picture, read_picture, write_picture
 
@@ -129,6 +131,8 @@ def test_bundle_says_what_is_missing_and_stores_notes(published, tmp_path, capsy
         (["{in}/0.png", "-o", "{out}", "--prompt-tokens", "0"], "0 prompt tokens"),
         (["{in}/0.png", "-o", "{out}", "--recipe", "official", "--scale", "1.5"], "whole number"),
         (["{in}/0.png", "-o", "{out}", "--device", "abacus"], "abacus"),
+        (["{in}/0.png", "-o", "{out}", "--memory", "0"], "--memory 0: expected a number of GB above 0"),
+        (["{in}/0.png", "-o", "{out}", "--memory", "4", "--device", "cpu"], "--memory 4: goes with a GPU"),
         (["{in}/0.png", "-o", "{out}", "--model", "{in}/no.safetensors"], "no.safetensors"),
         (["{in}/0.png", "-o", "{out}", "--model", "{in}/0.png"], "not a safetensors file"),
         (["{in}/0.png", "-o", "{out}", "--model", "{in}"], "--lora-dir"),
@@ -268,10 +272,8 @@ def test_every_setting_changes_the_picture(one, other, published, pictures, tmp_
 
 
 def test_tiles_of_the_vae_change_nothing(published, pictures, tmp_path, monkeypatch):
-    tiles, run_tiled = [], diffusers_models.run_tiled
-    monkeypatch.setattr(
-        diffusers_models, "run_tiled", lambda *given, **named: tiles.append(given[2].tiles) or run_tiled(*given, **named)
-    )
+    tiles, run = [], vae_tiled.run
+    monkeypatch.setattr(vae_tiled, "run", lambda *given: tiles.append(given[2].tiles) or run(*given))
     arguments = [pictures / "0.png", *official(published), "--scale", "1"]
     whole = result_of(tmp_path / "a.png", *arguments)
     assert np.abs(result_of(tmp_path / "b.png", *arguments, "--vae-tile", "16") - whole).max() <= 1, "rounding to 8 bit"
@@ -285,6 +287,31 @@ def test_a_picture_beyond_the_memory_is_refused_and_the_others_are_done(pictures
     assert upscale(pictures, "-o", tmp_path / "out", "--scale", "1") == 1
     assert "large.png: the VAE needs" in capsys.readouterr().err
     assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_the_memory_that_a_person_allows_is_planned_with(published, pictures, tmp_path, monkeypatch):
+    """On a device with much more; the maps then lie in host memory, and the picture stays what it is."""
+    plans, asked, run = [], [], vae_tiled.run
+    arguments = [pictures / "0.png", *official(published), "--scale", "1", "--tile", "64"]
+    whole = result_of(tmp_path / "a.png", *arguments)
+    monkeypatch.setattr(vae_tiled, "run", lambda *given: plans.append(given[2]) or run(*given))
+    monkeypatch.setattr(upscale_command, "memory_limit", lambda options, device: int(options.memory * 1e9))
+    monkeypatch.setattr(model_options, "held_memory", lambda device: 10**6)
+    monkeypatch.setattr(diffusers_models, "free_memory", lambda device, limit: asked.append(limit) or min(10**9, limit - 10**6))
+    for memory, place in (("0.5", "device"), ("0.002", "host")):
+        result = result_of(tmp_path / f"{place}.png", *arguments, "--memory", memory)
+        assert np.abs(result - whole).max() <= 1, "rounding to 8 bit"
+        assert {plan.maps for plan in plans} == {place}
+        assert set(asked) == {int(float(memory) * 1e9)}
+        plans.clear()
+        asked.clear()
+
+
+def test_a_limit_below_the_weights_is_named(published, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(upscale_command, "memory_limit", lambda options, device: 4 * 10**9)
+    monkeypatch.setattr(model_options, "held_memory", lambda device: 4170 * 10**6)
+    assert upscale(pictures / "0.png", "-o", tmp_path / "x.png", *official(published), "--memory", "4") == 2
+    assert "--memory 4: the weights alone take 4.2 GB" in capsys.readouterr().err
 
 
 def test_the_tile_batch_is_how_many_tiles_run_at_once(published, pictures, tmp_path, monkeypatch):

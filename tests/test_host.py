@@ -253,6 +253,28 @@ def test_encode_and_decode_give_what_one_piece_gives(own, host, sd3):
     assert np.abs(whole - tiled).max() <= 1, "rounding to 8 bit"
 
 
+def test_a_lora_wakes_an_idle_attention_at_its_first_run(host, sd3):
+    """One whose output projection is zero but for the LoRA, which the host adds when it loads the VAE."""
+    weights = load_file(host.base / "models" / "vae" / "sd3.safetensors")
+    for name in ("weight", "bias"):
+        weights[f"encoder.mid_block.attentions.0.to_out.0.{name}"].zero_()
+    save_file(weights, host.base / "models" / "vae" / "idle.safetensors")
+    pictures = []
+    for encode, pixels in (("TSDSREncode", "image"), ("VAEEncode", "pixels")):
+        graph = Graph()
+        image = graph.add("LoadImage", image="photo.png")
+        image = graph.add("ImageScale", image=(image, 0), upscale_method="area", width=64, height=48, crop="center")
+        lora, _ = load_sd3(graph, vae_strength=2.0)
+        graph.nodes[graph.nodes[lora]["inputs"]["vae"][0]]["inputs"]["vae_name"] = "idle.safetensors"
+        latent = graph.add(encode, vae=(lora, 1), **{pixels: (image, 0)})
+        decoded = graph.add("VAEDecode", vae=(lora, 1), samples=(latent, 0))
+        save = graph.add("SaveImage", images=(decoded, 0), filename_prefix="idle")
+        result = host.run(graph)
+        assert result.status == "success", result.error
+        pictures.append(result.pictures(save)[0].astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1, "rounding to 8 bit"
+
+
 def test_the_plain_model_and_vae_stay_as_they_are(host, sd3):
     def pictures(strength: float) -> list[np.ndarray]:
         graph = Graph()

@@ -3,9 +3,13 @@
 import json
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+
+from tsdsr_core.bundle import BUILTIN as BUILTIN_FILE
+from tsdsr_core.bundle import read_bundle, write_bundle
 
 from .host import Graph
 from .host_graphs import BUILTIN, TILES, builtin_graph, load_sd3
@@ -84,6 +88,26 @@ def test_cancel_takes_effect_within_the_vae_too(stage, host):
     host.post("/interrupt", {})
     assert host.wait(prompt).status == "interrupted"
     assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize("stage", ["TSDSREncode", "TSDSRDecode"])
+def test_a_vae_that_overflows_is_named(stage, host):
+    """In fp16, before another node meets its NaNs; fp32 is what the message advises."""
+    bundle = read_bundle(BUILTIN_FILE)
+    half = {"TSDSREncode": "encoder", "TSDSRDecode": "decoder"}[stage]
+    name = f"{half}.conv_in.weight"
+    loud = {**bundle.vae, name: bundle.vae[name].float() * 1e5}
+    write_bundle(host.base / "models" / "tsdsr" / "loud.safetensors", replace(bundle, vae=loud))
+    for precision in ("fp16", "fp32"):
+        graph = Graph()
+        loader = graph.add("TSDSRLoadCheckpoint", checkpoint="loud.safetensors", vae_precision=precision)
+        image = (graph.add("LoadImage", image="photo.png"), 0)
+        given = {"image": image} if half == "encoder" else {"latent": (graph.add("TestOddLatent", channels=16), 0)}
+        result = graph.add(stage, vae=(loader, 1), **given)
+        graph.add("PreviewAny", source=(result, 0))
+        found = host.run(graph)
+        assert found.status == ("error" if precision == "fp16" else "success"), found.error
+        assert ("the VAE overflowed: choose vae_precision fp32" in found.error) == (precision == "fp16")
 
 
 def census(host) -> dict[str, int]:

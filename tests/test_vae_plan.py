@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsdsr_core.sd3 import VAE_CONFIG
-from tsdsr_core.vae_plan import LEAST_TILE, Form, Region, plan_places, plan_tiles, reading
+from tsdsr_core.vae_plan import LEAST_TILE, PLACES, Form, Region, plan_places, plan_tiles, reading
 from tsdsr_core.vae_program import decoder_program, encoder_program
 
 GB = 10**9
@@ -110,8 +110,10 @@ def test_a_strip_gets_long_tiles(sd3):
     assert step.tile_width > 4096
 
 
-def test_no_tile_has_more_elements_than_kernels_can_count(sd3):
-    for step in plan_tiles(sd3["decoder"], 2048, 2048, 2, 10**13).steps:
+@pytest.mark.parametrize("tile", [None, 4000, 10**6])
+@pytest.mark.parametrize("free", [None, 10**13])
+def test_no_tile_has_more_elements_than_kernels_can_count(sd3, tile, free):
+    for step in plan_tiles(sd3["decoder"], 2048, 2048, 2, free, tile).steps:
         assert max(step.form.reads, step.form.writes) * step.tile_height * step.tile_width < 2**31
 
 
@@ -123,17 +125,34 @@ def test_the_cpu_tiles_too(sd3):
 
 @pytest.mark.parametrize("tile", [LEAST_TILE, 20, 100, 5000])
 @pytest.mark.parametrize("free", [None, 10 * GB])
-def test_the_user_chooses_the_tile(sd3, tile, free):
+def test_the_user_chooses_the_greatest_tile(sd3, tile, free):
     for step in plan_tiles(sd3["encoder"], 520, 1000, 2, free, tile).steps:
         assert step.tile_height <= tile
         assert step.tile_width <= tile
-        assert step.whole == (max(step.height, step.width) <= tile)
+        if free is not None:
+            assert step.whole == (max(step.height, step.width) <= tile)
+
+
+@pytest.mark.parametrize("free", [None, GB, 2.5 * GB, 24 * GB])
+def test_a_greatest_tile_takes_no_more_memory_than_none(sd3, free):
+    """A side beyond the pictures changes nothing: memory and the choice of places hold for it as well."""
+    free = None if free is None else int(free)
+    plans = {tile: plan_tiles(sd3["decoder"], 512, 512, 2, free, tile) for tile in (None, 256, 10**6)}
+    assert plans[10**6] == plans[None]
+    assert plans[256].fits
+    assert max(plans[256].device_bytes, plans[256].host_bytes) <= max(plans[None].device_bytes, plans[None].host_bytes)
 
 
 def test_too_little_memory_still_gives_a_plan(sd3):
     plan = plan_tiles(sd3["decoder"], 512, 512, 2, 1000)
     assert (plan.maps, plan.keys, plan.fits) == ("host", "host", False)
     assert {step.tile_height for step in plan.steps} == {LEAST_TILE}
+
+
+@pytest.mark.parametrize(("free", "keys"), [(80 * GB, "device"), (1000, "host"), (None, "device")])
+def test_only_the_given_places_are_tried(sd3, free, keys):
+    plan = plan_tiles(sd3["decoder"], 96, 64, 2, free, places=PLACES[1:])
+    assert (plan.maps, plan.keys) == ("host", keys)
 
 
 def test_given_places_are_kept(sd3):

@@ -140,6 +140,7 @@ def test_attention_that_adds_nothing_is_left_out():
     assert len(decoder_program(vae)) == count, "the bias still counts"
     out.bias.zero_()
     assert not any(isinstance(op, Keys | Queries) for op in decoder_program(vae))
+    assert len(decoder_program(vae, patched=True)) == count, "a host may patch it when it loads it"
     out.weight_function = [lambda weight: weight + 1]  # a host patches it while it runs
     assert len(decoder_program(vae)) == count
 

@@ -1,7 +1,5 @@
-import contextlib
 import copy
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +13,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tsdsr_core import vae_tiled
 from tsdsr_core.sd3 import VAE_CONFIG
 from tsdsr_core.train.dry_run import LiveBytes
+from tsdsr_core.vae_mover import Mover, layout_of
 from tsdsr_core.vae_plan import LEAST_TILE, plan_places
 from tsdsr_core.vae_program import decoder_program, encoder_program
-from tsdsr_core.vae_tiled import measure, merge, run
+from tsdsr_core.vae_tiled import measure, merge, plan_and_run, run
 
 from .test_vae_program import original_vae, small_vae
 
@@ -259,6 +258,79 @@ def test_no_memory_for_the_least_tile_says_what_to_do():
         tiled(decoder_program(vae), latents(9, 7))
 
 
+GPU_BYTES = 10**9
+
+
+def run_as_on_a_gpu(monkeypatch, program, x, tile=None, free=lambda: GPU_BYTES, ram=lambda: 10**12, **options) -> Tensor:
+    monkeypatch.setattr(vae_tiled, "_apart", lambda device: True)
+    return plan_and_run(program, x, CPU, free, tile, ram, **options)
+
+
+@pytest.mark.parametrize("short", ["tiles", "maps"])
+def test_maps_go_to_host_memory_where_the_devices_runs_out(monkeypatch, caplog, short):
+    """Of a tile or of a map itself; the tiles are those of the plan, not cut ever smaller."""
+    vae, z, released, places = small_vae(), latents(20, 24), [], []
+    program, reference = decoder_program(vae), untiled(vae, z)
+    space = vae_tiled._Picture._space
+
+    def no_room(picture, step, place):
+        places.append(place)
+        if place == "device" and step.height > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return space(picture, step, place)
+
+    if short == "maps":
+        monkeypatch.setattr(vae_tiled._Picture, "_space", no_room)
+    else:
+        short_of_memory(vae, 104)
+    tile = 96 if short == "maps" else None
+    result = run_as_on_a_gpu(monkeypatch, program, z, tile, release=lambda: released.append(len(released)))
+    assert worst(result, reference) <= 1e-5
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0] == "out of memory with the VAE's maps on the device; going on with them in host memory"
+    assert all("going on with half" in message for message in messages[1:])
+    assert len(released) == len(messages)
+    if short == "maps":
+        assert set(places) == {"device", "host"}
+        assert len(messages) == 1
+
+
+def test_maps_too_large_for_host_memory_are_named(monkeypatch):
+    """Where the device's runs out, not before: its maps would have been there."""
+    vae, z = small_vae(), latents(20, 24)
+    short_of_memory(vae, 104)
+    with pytest.raises(MemoryError, match="the VAE needs"):
+        run_as_on_a_gpu(monkeypatch, decoder_program(vae), z, ram=lambda: 0)
+
+
+def test_host_memory_is_the_last_place_and_there_tiles_get_smaller(monkeypatch, caplog):
+    vae, z = small_vae(), latents(9, 11)
+    reference = untiled(vae, z)
+    short_of_memory(vae, 40)
+    result = run_as_on_a_gpu(monkeypatch, decoder_program(vae), z, 64, free=lambda: 10**5 if caplog.records else GPU_BYTES)
+    assert worst(result, reference) <= 1e-5
+    assert "host memory" in caplog.records[0].getMessage()
+
+
+def test_a_cpu_has_no_other_place(caplog):
+    vae, z = small_vae(), latents(9, 11)
+    reference = untiled(vae, z)
+    short_of_memory(vae, 40)
+    result = plan_and_run(decoder_program(vae), z, CPU, lambda: None, None, lambda: 10**12)
+    assert worst(result, reference) <= 1e-5
+    assert all("going on with half" in record.getMessage() for record in caplog.records)
+    with pytest.raises(MemoryError, match="the VAE needs"):
+        plan_and_run(decoder_program(vae), z, CPU, lambda: None, None, lambda: 10**4)
+
+
+def test_errors_other_than_memory_end_the_run(monkeypatch, caplog):
+    vae = small_vae()
+    vae.decoder.conv_in.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run_as_on_a_gpu(monkeypatch, decoder_program(vae), latents(9, 7))
+    assert not caplog.records
+
+
 def test_other_errors_pass_through():
     vae = small_vae()
     vae.decoder.conv_in.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
@@ -294,44 +366,15 @@ def test_a_plan_for_something_else_is_refused():
             run(other, x, plan, CPU)
 
 
-class _Event:
-    def synchronize(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize("keys", ["device", "host"])
-def test_maps_in_host_memory_are_written_late_and_right(monkeypatch, keys):
-    """The way through pinned buffers, with the CPU in the part of a GPU: what is computed lies in the buffers' order."""
-    stream = SimpleNamespace(record_event=_Event, wait_event=lambda event: None, wait_stream=lambda stream: None)
-    monkeypatch.setattr(vae_tiled, "_staged", lambda view, device: True)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
-    monkeypatch.setattr(torch, "empty", lambda *args, _empty=torch.empty, pin_memory=False, **kw: _empty(*args, **kw))
-    late, init, flush = [], vae_tiled.Mover.__init__, vae_tiled.Mover.flush
-
-    def start(mover, device):
-        init(mover, device)
-        mover._arriving = mover._leaving = stream
-
-    def counted(mover, leave=0):
-        flush(mover, leave)
-        late.append(len(mover._pending))
-
-    monkeypatch.setattr(vae_tiled.Mover, "__init__", start)
-    monkeypatch.setattr(vae_tiled.Mover, "flush", counted)
-    vae = small_vae()
-    for program, x in ((decoder_program(vae), latents(13, 9)), (encoder_program(vae), pixels(107, 90))):
-        assert worst(tiled(program, x, 24, "host", keys), untiled(vae, x)) <= 1e-5
-    assert set(late) == {0, 1}
-
-
-class MetaMover(vae_tiled.Mover):
+class MetaMover(Mover):
     """Keeps what a GPU keeps: the three last tiles that came, and the last result, which is on its way back."""
 
     def read(self, view):
         self.came = [*getattr(self, "came", [])[-2:], torch.empty_like(view)]
         return self.came[-1]
+
+    def ready(self, view, tile):
+        return tile.contiguous(memory_format=layout_of(view))
 
     def write(self, view, tile):
         self.leaving = tile

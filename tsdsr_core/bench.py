@@ -63,8 +63,8 @@ class Run:
     """One picture through one procedure."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    peak_bytes: int = 0
-    """Above what was held before: allocated on a GPU, resident on the CPU."""
+    peak_bytes: int | None = None
+    """Above what was held before: allocated on a CUDA device, resident on the CPU; None elsewhere."""
 
     @property
     def total(self) -> float:
@@ -81,6 +81,8 @@ class Contender:
     weights: int
     """Bytes of the weights it holds."""
     load_seconds: float
+    own: DiffusersModel | None = None
+    """Behind ours: what can be compiled and held to less memory."""
 
 
 def write_files(folder: Path, size: Size, dtype: torch.dtype) -> None:
@@ -164,19 +166,15 @@ def _official_model(transformer: Any, vae: Any, prompt: PromptEmbeds, dtype: tor
     )
 
 
-def load_ours(
-    folder: Path, device: torch.device, dtype: torch.dtype, compiled: bool = False, prompt_tokens: int | None = None
-) -> Contender:
+def load_ours(folder: Path, device: torch.device, dtype: torch.dtype, prompt_tokens: int | None = None) -> Contender:
     """This project's procedure, from the merged and folded bundle."""
     start = time.perf_counter()
     model: DiffusersModel = load_bundle(read_bundle(folder / "ours.safetensors"), device, dtype)
     if prompt_tokens is not None:
         model.prompt = model.prompt.pruned(prompt_tokens)
-    if compiled:
-        model.compile()
     seconds = time.perf_counter() - start
     options = Options(scale=SCALE, process_size=0)
-    return Contender("ours", model.restorer(), options, _bytes(model.transformer) + _bytes(model.vae), seconds)
+    return Contender("ours", model.restorer(), options, _bytes(model.transformer) + _bytes(model.vae), seconds, model)
 
 
 def _bytes(model: nn.Module) -> int:
@@ -206,7 +204,11 @@ def run_once(contender: Contender, side: int, device: torch.device) -> Run:
 
 
 def count_flops(contender: Contender, side: int, device: torch.device) -> int:
-    """Floating-point operations of one run, as torch counts them."""
+    """Floating-point operations of one run, as torch counts them; nothing may be compiled yet.
+
+    ``torch.compile`` gives up for good what it first meets under a counter.
+    """
+    assert contender.own is None or contender.own.compiled is None
     with FlopCounterMode(display=False) as counter:
         run_once(contender, side, device)
     return counter.get_total_flops()
@@ -228,18 +230,23 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 def synchronise(device: torch.device) -> None:
     """Wait for an accelerator."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
 
 
 @contextmanager
-def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Measure what is allocated on a GPU, or resident on the CPU, beyond what it is now."""
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Measure what is allocated on a CUDA device, or resident on the CPU, beyond what it is now; None on other devices."""
     release_memory(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
+        return
+    if device.type != "cpu":
+        yield lambda: None
         return
     sampler = _ResidentMemory()
     sampler.start()
@@ -273,5 +280,9 @@ class _ResidentMemory(threading.Thread):
 
 def machine(device: torch.device) -> str:
     """What ran, in words."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    name = f"{torch.get_num_threads()} CPU threads"
+    if device.type in ("cuda", "xpu"):
+        name = getattr(torch, device.type).get_device_name(device)
+    elif device.type != "cpu":
+        name = device.type
     return f"{name}, torch {torch.__version__}, Python {sys.version.split()[0]}"

@@ -23,6 +23,8 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"unknown device {name!r}: expected one of {', '.join(DEVICES)}") from error
     if device.type not in DEVICES or (device.type != "cpu" and not _available(device.type)):
         raise ValueError(f"device {name!r} is not available here: use auto or cpu")
+    if device.type != "cpu" and (device.index or 0) >= (count := getattr(torch, device.type).device_count()):
+        raise ValueError(f"device {name!r} is not available here: {device.type} has {count}, counted from 0")
     return device
 
 
@@ -39,17 +41,28 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a new allocation on an accelerator may use, or None on the CPU."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type == "xpu":
-        free, _ = torch.xpu.mem_get_info(device)
-        return free
+def free_memory(device: torch.device, limit: int | None = None) -> int | None:
+    """Bytes that a new allocation on an accelerator may use, or None on the CPU; what torch caches counts as free.
+
+    Args:
+        limit: bytes that this process may take in all, what it holds already included; None for what the device has.
+    """
+    if device.type == "cpu":
+        return None
+    held = held_memory(device)
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return None
+        free = torch.mps.recommended_max_memory() - held
+    else:
+        part = getattr(torch, device.type)
+        free = part.mem_get_info(device)[0] + part.memory_reserved(device) - held
+    return free if limit is None else max(0, min(free, limit - held))
+
+
+def held_memory(device: torch.device) -> int:
+    """Bytes of this process's tensors on an accelerator."""
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    return getattr(torch, device.type).memory_allocated(device)
 
 
 def free_ram() -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
@@ -21,16 +21,17 @@ from .device import free_memory, free_ram, release_memory
 from .flow import TIMESTEP
 from .fold import NoEmbedding, empty
 from .lora import Lora
-from .memory import TileMemory, check_ram, is_out_of_memory, tile_bytes
+from .memory import TileMemory, is_out_of_memory, tile_bytes
 from .prompt import PromptEmbeds
 from .restore import Model
-from .vae_plan import plan_tiles
-from .vae_program import Program, decoder_program, encoder_program
-from .vae_tiled import run as run_tiled
+from .vae_program import decoder_program, encoder_program
+from .vae_tiled import plan_and_run
 
 log = logging.getLogger("tsdsr")
 
 _CLASSES = {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}
+_HALVES = {"encoder": (encoder_program, "quant_conv"), "decoder": (decoder_program, "post_quant_conv")}
+"""Of an autoencoder: the program of each, and the part that belongs to it."""
 
 
 @dataclass(repr=False)
@@ -49,8 +50,12 @@ class DiffusersModel:
 
     vae_tile: int | None = None
     """Greatest side of the VAE's tiles in pixels; None for what suits the memory."""
+    memory_limit: int | None = None
+    """Bytes that weights, maps and tiles may take on an accelerator in all; None for what it has."""
     compiled: Any = None
     """What ``compile`` made of the transformer."""
+    _overflowed: set[str] = field(default_factory=set, init=False)
+    """Halves of the VAE that 16 bits were too few for: they stay in fp32."""
 
     def __post_init__(self) -> None:
         self._check_prompt()
@@ -67,6 +72,10 @@ class DiffusersModel:
         """Run the transformer through ``torch.compile``; where that fails, it runs as it is, after one line in the log."""
         self.compiled = torch.compile(self.transformer)
 
+    def free_memory(self) -> int | None:
+        """Bytes that activations may take on the model's device now; None on the CPU."""
+        return free_memory(self.device, self.memory_limit)
+
     def restorer(self, posterior: str = "mode", seed: int = 0) -> Model:
         """The callables, with the encoder's posterior taken at its ``"mode"`` or as a seeded ``"sample"``."""
         if posterior not in ("mode", "sample"):
@@ -82,7 +91,7 @@ class DiffusersModel:
             vae_factor=2 ** (len(self.vae.config["block_out_channels"]) - 1),
             patch=patch,
             longest_side=(config["pos_embed_max_size"] or config["sample_size"] // patch) * patch,
-            memory=TileMemory(self._tile_bytes, lambda: free_memory(self.device), lambda: release_memory(self.device)),
+            memory=TileMemory(self._tile_bytes, self.free_memory, lambda: release_memory(self.device)),
         )
 
     def _tile_bytes(self, tile_height: int, tile_width: int) -> int:
@@ -94,7 +103,7 @@ class DiffusersModel:
     def encode(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
         """``E(x)``: pixels in -1..1 to unscaled latents, the mode or, with a generator, a sample."""
 
-        mean, log_variance = self._guarded(encoder_program, pixels, "encoder").chunk(2, 1)
+        mean, log_variance = self._run_half("encoder", pixels).chunk(2, 1)
         if generator is None:
             return mean
         noise = torch.randn(mean.shape, generator=generator).to(mean)
@@ -128,27 +137,28 @@ class DiffusersModel:
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Tensor:
         """``D(z)``: unscaled latents to pixels in about -1..1."""
-        return self._guarded(decoder_program, z, "decoder")
+        return self._run_half("decoder", z)
 
-    def _guarded(self, half: Callable[[Any], Program], x: Tensor, part: str) -> Tensor:
-        """Run a half of the VAE; where fp16 overflows, once more in fp32."""
+    def _run_half(self, half: Literal["encoder", "decoder"], x: Tensor) -> Tensor:
+        """Run a half of the VAE; where fp16 overflows, once more in fp32, and from then on in fp32 alone."""
+        program, outer = _HALVES[half]
 
         def run(x: Tensor) -> Tensor:
-            program = half(self.vae)
-            forms = [op.form for op in program]
-            plan = plan_tiles(forms, x.shape[2], x.shape[3], x.dtype.itemsize, free_memory(self.device), self.vae_tile)
-            check_ram(plan.device_bytes if self.device.type == "cpu" else plan.host_bytes, free_ram())
-            return run_tiled(program, x, plan, self.device, release=lambda: release_memory(self.device))
+            return plan_and_run(
+                program(self.vae), x, self.device, self.free_memory, self.vae_tile, free_ram,
+                release=lambda: release_memory(self.device),
+            )  # fmt: skip
 
-        result = run(x.to(self.vae_dtype))
-        if self.vae_dtype != torch.float32 and not torch.isfinite(result).all():
-            log.warning("the VAE %s overflowed in %s; running it again in fp32", part, self.vae_dtype)
-            _move(self.vae, self.device, torch.float32)
-            try:
-                result = run(x.float())
-            finally:
-                _move(self.vae, self.device, self.vae_dtype)
-        return result.to(x.dtype)
+        if half not in self._overflowed:
+            result = run(x.to(self.vae_dtype))
+            if self.vae_dtype == torch.float32 or torch.isfinite(result).all():
+                return result.to(x.dtype)
+            log.warning("the VAE %s overflowed in %s; running it in fp32 from now on", half, self.vae_dtype)
+            self._overflowed.add(half)
+        for part in (getattr(self.vae, half), getattr(self.vae, outer)):
+            if part is not None:
+                _move(part, self.device, torch.float32)  # nothing, from the second time on
+        return run(x.float()).to(x.dtype)
 
     def _check_prompt(self) -> None:
         config = self.transformer.config

@@ -26,9 +26,9 @@ TILE_SIDES = (TILE, 48, 32, 16)
 
 _OUT_OF_MEMORY = (
     "out of memory", "can't allocate memory", "not enough memory", "not enough gpu video memory", "alloc_failed",
-    "invalid buffer size",
+    "invalid buffer size", "unable to find an engine to execute this computation",
 )  # fmt: skip
-"""What CUDA, Linux, Windows, DirectML, cuBLAS and Metal say."""
+"""What CUDA, Linux, Windows, DirectML, cuBLAS, Metal and cuDNN (without room for any algorithm's workspace) say."""
 
 
 def tile_bytes(tile_height: int, tile_width: int, patch: int, context_tokens: int, width: int, itemsize: int) -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Place = Literal["device", "host"]
+PLACES: tuple[tuple[Place, Place], ...] = (("device", "device"), ("host", "device"), ("host", "host"))
+"""Of the maps and of the attention's keys and values, the quickest first."""
 
 LEAST_TILE = 16
 """Side in pixels of a map; below it nearly all work goes into the halo."""
@@ -162,24 +164,28 @@ class Plan:
 
 
 def plan_tiles(
-    forms: Sequence[Form], height: int, width: int, itemsize: int, free: int | None = None, tile: int | None = None
-) -> Plan:
+    forms: Sequence[Form], height: int, width: int, itemsize: int, free: int | None = None, tile: int | None = None,
+    places: Sequence[tuple[Place, Place]] = PLACES,
+) -> Plan:  # fmt: skip
     """Choose the place of the maps and the tiles of each pass for one picture.
 
     Args:
         height, width: of what goes in: latent cells for a decoder, pixels for an encoder.
         itemsize: bytes of one value.
         free: bytes that maps and tiles may take on the device; None where there is no limit of a device, as on the CPU.
-        tile: greatest side of any tile, in pixels of the map that it is part of; None for what suits the memory.
+        tile: greatest side of any tile, in pixels of the map that it is part of; where memory is short they are smaller still.
+            None for what suits the memory.
+        places: the first of them that fits is taken, or the last.
 
     Raises:
         ValueError: for an impossible tile, or a picture of which the program leaves nothing.
     """
     check_tile(tile)
-    plan = plan_places(forms, height, width, itemsize, free, tile, "device", "device")
-    if not plan.fits:
-        plan = plan_places(forms, height, width, itemsize, free, tile, "host", "device")
-    return plan if plan.fits else plan_places(forms, height, width, itemsize, free, tile, "host", "host")
+    for maps, keys in places[:-1]:
+        plan = plan_places(forms, height, width, itemsize, free, tile, maps, keys)
+        if plan.fits:
+            return plan
+    return plan_places(forms, height, width, itemsize, free, tile, *places[-1])
 
 
 def check_tile(tile: int | None) -> None:
@@ -218,7 +224,7 @@ def plan_places(
         adopted = step.whole and maps == "device" and form.kind in ("map", "open", "close")  # the tile becomes the map
         working_set = bytes_of(step.tile_height, step.tile_width) - target * adopted
         if left is not None:
-            cramped = maps == "device" and tile is None and not step.whole and left < _LEAST_SHARE
+            cramped = maps == "device" and not step.whole and left < _LEAST_SHARE
             fits = fits and working_set <= left and not cramped
         peaks = {place: max(peaks[place], held[place] + working_set * (place == "device")) for place in peaks}
         if form.kind == "open":
@@ -233,21 +239,23 @@ def plan_places(
 def _tile_size(
     form: Form, size: tuple[int, int], left: int | None, maps: Place, bytes_of: Callable[[int, int], int], tile: int | None
 ) -> tuple[int, int]:
-    """Height and width of the largest tiles that keep within ``left`` bytes, or of the wanted ones."""
+    """Height and width of the largest tiles that keep within ``left`` bytes and, where given, have no side above ``tile``."""
+    longest = max(size) if tile is None else min(tile, max(size))
 
     def possible(tile_height: int, tile_width: int, budget: int) -> bool:
         scale = 2 if form.rescale == "down" else 1
         elements = max(form.reads * scale**2, form.writes) * (tile_height + 4) * (tile_width + 4)
         return bytes_of(tile_height, tile_width) <= budget and elements <= _MOST_ELEMENTS
 
-    side = tile
-    if side is None:
-        if left is not None and maps == "device" and possible(*size, min(left, _WHOLE_BYTES)):
-            return size
-        budget = _CPU_TILE_BYTES if left is None else min(left, _TILE_BYTES)
-        side = LEAST_TILE
-        while side < max(size) and possible(min(side + 16, size[0]), min(side + 16, size[1]), budget):
-            side += 16
+    if left is not None and maps == "device" and longest == max(size) and possible(*size, min(left, _WHOLE_BYTES)):
+        return size
+    budget = _CPU_TILE_BYTES if left is None else min(left, _TILE_BYTES)
+    side = LEAST_TILE
+    while side < longest:
+        wider = min(side + 16, longest)
+        if not possible(min(wider, size[0]), min(wider, size[1]), budget):
+            break
+        side = wider
     height, width = (_even_side(length, side) for length in size)
     return height, width
 

@@ -89,22 +89,28 @@ _EXPECTED: dict[str, Any] = {
 """What settings of blocks must be, where a block has them."""
 
 
-def decoder_program(vae: Any) -> Program:
+def decoder_program(vae: Any, patched: bool = False) -> Program:
     """Latents to pixels, as ``vae.decode``.
 
+    Args:
+        patched: whether a host will change weights before it runs them: an attention that adds nothing now may then.
+
     Raises:
         ValueError: names the first module that is not understood.
     """
-    return _measured([*_pointwise(vae, "post_quant_conv"), *_half(vae, "decoder")])
+    return _measured([*_pointwise(vae, "post_quant_conv"), *_half(vae, "decoder", patched)])
 
 
-def encoder_program(vae: Any) -> Program:
+def encoder_program(vae: Any, patched: bool = False) -> Program:
     """Pixels to the posterior's mean and log-variance, one after the other along the channels; the mean is the mode.
 
+    Args:
+        patched: as for ``decoder_program``.
+
     Raises:
         ValueError: names the first module that is not understood.
     """
-    return _measured([*_half(vae, "encoder"), *_pointwise(vae, "quant_conv")])
+    return _measured([*_half(vae, "encoder", patched), *_pointwise(vae, "quant_conv")])
 
 
 def _measured(ops: list[Op]) -> Program:
@@ -121,7 +127,7 @@ def _pointwise(vae: Any, name: str) -> list[Op]:
     return [] if module is None else [_conv(name, module, 1)]
 
 
-def _half(vae: Any, half: Literal["encoder", "decoder"]) -> list[Op]:
+def _half(vae: Any, half: Literal["encoder", "decoder"], patched: bool) -> list[Op]:
     _check("the autoencoder", vae, ("encoder", "decoder", "quant_conv", "post_quant_conv", "regularization"))
     root = _child(vae, "the autoencoder", half)
     layout = next((layout for layout in _LAYOUTS if hasattr(root, layout.levels[half])), None)
@@ -129,7 +135,7 @@ def _half(vae: Any, half: Literal["encoder", "decoder"]) -> list[Op]:
         raise _not_understood(half, root, "it has no levels of a known name")
     levels, mid = layout.levels[half], layout.mid[0].partition(".")[0]
     _check(half, root, ("conv_in", levels, mid, layout.norm_out, "conv_act", "conv_out"))
-    middle = _middle(root, half, layout)
+    middle = _middle(root, half, layout, patched)
     finer = []
     blocks = list(enumerate(_child(root, half, levels)))
     for index, block in reversed(blocks) if half == "decoder" and layout.reversed_up else blocks:
@@ -140,7 +146,7 @@ def _half(vae: Any, half: Literal["encoder", "decoder"]) -> list[Op]:
     return [first, *middle, *finer, last] if half == "decoder" else [first, *finer, *middle, last]
 
 
-def _middle(root: Any, half: str, layout: _Layout) -> list[Op]:
+def _middle(root: Any, half: str, layout: _Layout, patched: bool) -> list[Op]:
     before, attention, after = layout.mid
     parent = before.partition(".")[0]
     allowed = {name.removeprefix(f"{parent}.").partition(".")[0] for name in layout.mid}
@@ -151,7 +157,7 @@ def _middle(root: Any, half: str, layout: _Layout) -> list[Op]:
             raise _not_understood(f"{half}.{parent}.{name}", middle, f"it has {len(getattr(middle, name))} parts")
     return [
         *_resnet(f"{half}.{before}", _child(root, half, before), layout),
-        *_attention(f"{half}.{attention}", _find(root, attention), layout),
+        *_attention(f"{half}.{attention}", _find(root, attention), layout, patched),
         *_resnet(f"{half}.{after}", _child(root, half, after), layout),
     ]
 
@@ -190,13 +196,13 @@ def _resnet(name: str, block: Any, layout: _Layout) -> list[Op]:
     ]
 
 
-def _attention(name: str, attention: Any, layout: _Layout) -> list[Op]:
+def _attention(name: str, attention: Any, layout: _Layout, patched: bool) -> list[Op]:
     """``x + out(attention(norm(x)))``; nothing where the output projection is zero, since it then adds nothing."""
     if attention is None:
         return []
     _check(name, attention, [part.partition(".")[0] for part in layout.projections])
     norm, query, key, value, out = (_child(attention, name, part) for part in layout.projections)
-    if _is_zero(out):
+    if not patched and _is_zero(out):
         return []
     norm = _norm(f"{name}.{layout.projections[0]}", norm)
     for part, module in zip(layout.projections[1:], (query, key, value, out), strict=True):

@@ -6,7 +6,6 @@ the whole map, merged from disjoint parts (Chan, Golub, LeVeque 1979). Attention
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .memory import is_out_of_memory
-from .vae_plan import KEY_TILE, LEAST_TILE, Place, Plan, Region, Step, reading
+from .memory import check_ram, is_out_of_memory
+from .vae_mover import Mover
+from .vae_plan import KEY_TILE, LEAST_TILE, PLACES, Place, Plan, Region, Step, plan_tiles, reading
 from .vae_program import Conv, Keys, Program, Queries
 
 log = logging.getLogger("tsdsr")
@@ -32,11 +32,51 @@ _CHUNK = 2**21
 """Elements that the CPU measures at once, so that they are still near when they are read again."""
 
 
+def plan_and_run(
+    program: Program, x: Tensor, device: torch.device, free: Callable[[], int | None], tile: int | None, ram: Callable[[], int],
+    affine: Affine = lambda norm, like: (norm.weight, norm.bias),
+    tick: Tick = lambda done, total: None, release: Callable[[], None] = lambda: None,
+) -> Tensor:  # fmt: skip
+    """``run`` by a plan for the memory there is; where a device's runs out beside the maps, once more with them in host memory.
+
+    Args:
+        free: bytes that maps and tiles may take on the device; None where there is no telling.
+        tile: greatest side of a tile in pixels; None for what suits the memory.
+        ram: free bytes of host memory.
+
+    Raises:
+        MemoryError: where the maps are too large for host memory.
+        RuntimeError: where the least tile does not fit into memory.
+    """
+    forms = [op.form for op in program]
+
+    def attempt(plan: Plan, cut: bool) -> Tensor:
+        check_ram(plan.device_bytes if device.type == "cpu" else plan.host_bytes, ram())
+        return run(program, x, plan, device, affine, tick, release, cut)
+
+    plan = plan_tiles(forms, x.shape[2], x.shape[3], x.dtype.itemsize, free(), tile)
+    if plan.maps == "host" or not _apart(device):
+        return attempt(plan, True)
+    try:
+        return attempt(plan, False)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        log.warning("out of memory with the VAE's maps on the device; going on with them in host memory")
+    release()  # here, where the error no longer holds the maps
+    return attempt(plan_tiles(forms, x.shape[2], x.shape[3], x.dtype.itemsize, free(), tile, PLACES[1:]), True)
+
+
+def _apart(device: torch.device) -> bool:
+    """Whether a device has memory of its own."""
+    return device.type != "cpu"
+
+
 @torch.inference_mode()
 def run(
     program: Program, x: Tensor, plan: Plan, device: torch.device,
     affine: Affine = lambda norm, like: (norm.weight, norm.bias),
-    tick: Tick = lambda done, total: None, release: Callable[[], None] = lambda: None,
+    tick: Tick = lambda done, total: None, release: Callable[[], None] = lambda: None, cut: bool = True,
 ) -> Tensor:  # fmt: skip
     """Run a decoder's or encoder's program over a batch, image by image; nothing of the autoencoder is changed.
 
@@ -45,19 +85,20 @@ def run(
         device: where the modules compute.
         affine: for hosts that keep the weights of norms elsewhere or in another type.
         release: gives cached memory back, after running out.
+        cut: whether tiles are cut smaller after memory ran out; otherwise its error ends the run.
 
     Returns:
         ``(B, C', H', W')`` in the type and on the device of ``x``.
 
     Raises:
         ValueError: where the plan was made for something else.
-        RuntimeError: where the least tile does not fit into memory.
+        RuntimeError: where the least tile, or with ``cut`` False any, does not fit into memory.
     """
     expected, last = (plan.steps[0].form.reads, plan.height, plan.width), plan.steps[-1]
     if tuple(x.shape[1:]) != expected or [op.form for op in program] != [step.form for step in plan.steps]:
         raise ValueError(f"input of shape {tuple(x.shape)}: the plan is for another program, or for images of {expected}")
     result = x.new_empty(len(x), last.form.writes, last.height, last.width)
-    tiles = _Tiles(plan.tiles * len(x), tick, release)
+    tiles = _Tiles(plan.tiles * len(x), tick, release, cut)
     for index in range(len(x)):
         _Picture(x[index : index + 1], plan, device, affine, tiles).run(program, result[index : index + 1])
     return result
@@ -89,10 +130,10 @@ def merge(parts: list[Part], groups: int) -> tuple[Tensor, Tensor]:
 
 
 class _Tiles:
-    """Goes over the tiles of all passes: counts them, and cuts them smaller after memory ran out."""
+    """Goes over the tiles of all passes: counts them, and with ``cut`` makes them smaller after memory ran out."""
 
-    def __init__(self, total: int, tick: Tick, release: Callable[[], None]) -> None:
-        self.done, self.total, self.cuts, self.tick, self.release = 0, total, 0, tick, release
+    def __init__(self, total: int, tick: Tick, release: Callable[[], None], cut: bool) -> None:
+        self.done, self.total, self.cuts, self.tick, self.release, self.cut = 0, total, 0, tick, release, cut
 
     def each(self, regions: Iterable[Region], work: Callable[[Region], Callable[[], None]]) -> None:
         """Call ``work`` on each region, and then what it returns, which writes the result and takes no memory."""
@@ -110,7 +151,7 @@ class _Tiles:
         try:
             write = work(region)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not self.cut or not is_out_of_memory(error):
                 raise
             if side <= LEAST_TILE:
                 advice = "close other programs, or run on the CPU"
@@ -122,71 +163,6 @@ class _Tiles:
             return
         self.release()
         self._one(region, work, depth)
-
-
-def _staged(view: Tensor, device: torch.device) -> bool:
-    return view.device.type == "cpu" and device.type == "cuda"
-
-
-class Mover:
-    """Takes tiles from maps to the device and back.
-
-    Between host memory and CUDA they go through two pinned buffers each way, on streams of their own: while the device
-    computes one tile, the one before it is written back and the next one is brought.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._pending: list[tuple[Any, Tensor, Tensor]] = []
-        self._buffers: dict[int, Tensor] = {}
-        self._asked: dict[int, Any] = {}
-        self._reads, self._writes = itertools.cycle((0, 1)), itertools.cycle((2, 3))
-        streams: list[Any] = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2)]
-        self._arriving, self._leaving = streams
-
-    def read(self, view: Tensor) -> Tensor:
-        """The part ``view`` of a map on the device; not to be written to."""
-        if not _staged(view, self.device):
-            return view.to(self.device)
-        slot = next(self._reads)
-        if slot in self._asked:
-            self._asked[slot].synchronize()  # the buffer is free, and at most three tiles are on the device
-        packed = self._packed(slot, view).copy_(view)
-        with torch.cuda.stream(self._arriving):
-            tile = torch.empty_like(packed, device=self.device, pin_memory=False).copy_(packed, non_blocking=True)
-        computing = torch.cuda.current_stream(self.device)
-        computing.wait_stream(self._arriving)
-        self._asked[slot] = computing.record_event()
-        tile.record_stream(computing)
-        return tile
-
-    def write(self, view: Tensor, tile: Tensor) -> None:
-        """Write ``tile`` to the part ``view`` of a map, where it may arrive as late as at ``flush``."""
-        if not _staged(view, self.device):
-            view.copy_(tile)
-            return
-        packed = self._packed(next(self._writes), view)
-        self._leaving.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._leaving):
-            packed.copy_(tile, non_blocking=True)
-            left = self._leaving.record_event()
-        tile.record_stream(self._leaving)
-        self._pending.append((left, packed, view))
-        self.flush(1)
-
-    def flush(self, leave: int = 0) -> None:
-        """Finish all writing but the last ``leave`` tiles."""
-        while len(self._pending) > leave:
-            left, packed, view = self._pending.pop(0)
-            left.synchronize()
-            view.copy_(packed)
-
-    def _packed(self, slot: int, view: Tensor) -> Tensor:
-        """A dense pinned buffer in the shape and memory format of ``view``."""
-        if slot not in self._buffers or self._buffers[slot].numel() < view.numel():
-            self._buffers[slot] = torch.empty(view.numel(), dtype=view.dtype, pin_memory=True)
-        flat = self._buffers[slot][: view.numel()]
-        return flat.view(view.shape) if view.stride(1) > 1 else flat.view(view.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
 
 @dataclass
@@ -250,11 +226,11 @@ class _Picture:
     def _written(self, step: Step, target: _Map, region: Region, tile: Tensor) -> Callable[[], None]:
         """What writes ``tile`` and counts its statistics in."""
         parts = measure(tile) if step.form.measured else []
-        if self.plan.maps == "host":
-            tile = tile.contiguous(memory_format=self.layout)
         if target.tensor is None:
             whole = (region.height, region.width) == (step.height, step.width)
             target.tensor = tile if whole and self.plan.maps == "device" else self._space(step, self.plan.maps)
+        if target.tensor is not tile:
+            tile = self.mover.ready(target.part(region), tile)
 
         def write() -> None:
             if target.tensor is not tile:
@@ -287,6 +263,8 @@ class _Picture:
         def work(region: Region) -> Callable[[], None]:
             tile = _normal(self.mover.read(self.x.part(region)), *scale_shift, False)
             key, value = _project(op.key, tile), _project(op.value, tile)
+            del tile  # its memory serves what follows
+            key, value = self.mover.ready(self.keys.part(region), key), self.mover.ready(self.values.part(region), value)
 
             def write() -> None:
                 self.mover.write(self.keys.part(region), key)

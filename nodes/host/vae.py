@@ -11,10 +11,9 @@ import comfy.ops
 import torch
 from torch import Tensor
 
-from ...tsdsr_core.memory import check_ram
-from ...tsdsr_core.vae_plan import HEADROOM, Plan, plan_tiles
+from ...tsdsr_core.vae_plan import HEADROOM, plan_tiles
 from ...tsdsr_core.vae_program import Program, decoder_program, encoder_program
-from ...tsdsr_core.vae_tiled import run
+from ...tsdsr_core.vae_tiled import plan_and_run
 from . import running
 
 UNITS = 16
@@ -33,9 +32,12 @@ def encode(vae: Any, pixels: Tensor, progress: running.Progress, tile: int | Non
 
     Args:
         tile: greatest side of a tile in pixels; None for what suits the memory.
+
+    Raises:
+        FloatingPointError: where the VAE overflows.
     """
-    moments = _run(vae, encoder_program(vae.first_stage_model), pixels, progress, tile)
-    return moments.chunk(2, 1)[0].float()
+    moments = _run(vae, encoder_program, pixels, progress, tile)
+    return _finite(moments.chunk(2, 1)[0]).float()
 
 
 def decode(vae: Any, latents: Tensor, progress: running.Progress, tile: int | None = None) -> Tensor:
@@ -49,26 +51,26 @@ def decode(vae: Any, latents: Tensor, progress: running.Progress, tile: int | No
         raise ValueError(
             f"the latent has the shape {tuple(latents.shape)}: this VAE takes (batch, {vae.latent_channels}, height, width)"
         )
-    pixels = _run(vae, decoder_program(vae.first_stage_model), latents, progress, tile)
-    if not torch.isfinite(pixels).all():
+    return _finite(_run(vae, decoder_program, latents, progress, tile)).float()
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not torch.isfinite(values).all():
         raise FloatingPointError("the VAE overflowed: choose vae_precision fp32 in TSD-SR's loader")
-    return pixels.float()
+    return values
 
 
-def _run(vae: Any, program: Program, x: Tensor, progress: running.Progress, tile: int | None) -> Tensor:
+def _run(vae: Any, half: Callable[..., Program], x: Tensor, progress: running.Progress, tile: int | None) -> Tensor:
+    program = half(vae.first_stage_model, patched=bool(vae.patcher.patches))  # patches come in with the loading, below
     x = x.to(vae.output_device, vae.vae_dtype)
-    device = vae.patcher.load_device
-    wanted = _plan(program, x, _obtainable(vae), tile)
+    device, cpu = vae.patcher.load_device, torch.device("cpu")
+    wanted = plan_tiles([op.form for op in program], x.shape[2], x.shape[3], x.dtype.itemsize, _obtainable(vae), tile)
     comfy.model_management.load_models_gpu([vae.patcher], memory_required=wanted.device_bytes / HEADROOM)
-    plan = _plan(program, x, running.free_memory(vae.patcher), tile)
-    needed = plan.device_bytes if device.type == "cpu" else plan.host_bytes
-    check_ram(needed, comfy.model_management.get_free_memory(torch.device("cpu")))
     with _current(device):
-        return run(program, x, plan, device, _affine, _ticker(progress, len(x)), running.release_memory)
-
-
-def _plan(program: Program, x: Tensor, free: int | None, tile: int | None) -> Plan:
-    return plan_tiles([op.form for op in program], x.shape[2], x.shape[3], x.dtype.itemsize, free, tile)
+        return plan_and_run(
+            program, x, device, lambda: running.free_memory(vae.patcher), tile,
+            lambda: comfy.model_management.get_free_memory(cpu), _affine, _ticker(progress, len(x)), running.release_memory,
+        )  # fmt: skip
 
 
 def _obtainable(vae: Any) -> int | None:

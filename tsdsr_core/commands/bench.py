@@ -7,6 +7,8 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ..bench import (
     SIZES,
     STAGES,
     Contender,
+    Run,
     ceiling,
     count_flops,
     load_official,
@@ -25,8 +28,9 @@ from ..bench import (
     run_once,
     write_files,
 )
-from ..device import choose_device, choose_dtype
-from .model_options import add_device_arguments
+from ..device import choose_device, choose_dtype, release_memory
+from ..memory import is_out_of_memory
+from .model_options import add_device_arguments, add_memory_argument, limit_memory, memory_limit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +43,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="keep only N of the prompt's tokens in ours")
     parser.add_argument("--work", type=Path, help="folder for the random weights, kept and used again")
     add_device_arguments(parser)
+    add_memory_argument(parser)
+
+
+@dataclass
+class Trial:
+    """One contender at one side."""
+
+    contender: Contender
+    side: int
+    device: torch.device
+    flops: int = 0
+    runs: list[Run] = field(default_factory=list)
+    error: str | None = None
+    """Why it does not fit into memory."""
+
+    def attempt(self, work: Callable[[Contender, int, torch.device], None]) -> None:
+        """Do ``work`` with the contender, unless memory has run out in it before."""
+        if self.error is not None:
+            return
+        try:
+            work(self.contender, self.side, self.device)
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+                raise
+            self.error = str(error).strip().partition("\n")[0]
+        if self.error is not None:
+            release_memory(self.device)  # here, where the error no longer holds tensors
+
+    def count(self) -> None:
+        """Count the operations, which also warms up."""
+
+        def work(*given: Any) -> None:
+            self.flops = count_flops(*given)
+
+        self.attempt(work)
+
+    def warm(self) -> None:
+        """Run once for nothing."""
+
+        def work(*given: Any) -> None:
+            run_once(*given)
+
+        self.attempt(work)
+
+    def time(self) -> None:
+        """Run once, and tell of it."""
+
+        def work(*given: Any) -> None:
+            self.runs.append(run_once(*given))
+            print(f"{self.side}: {self.contender.name} {self.runs[-1].total:.2f} s", file=sys.stderr)
+
+        self.attempt(work)
+
+    def row(self) -> dict[str, Any]:
+        """What the report says of it: medians, or why it did not fit."""
+        named = {"side": self.side, "name": self.contender.name}
+        if self.error is not None:
+            return {**named, "error": self.error}
+        total = statistics.median(run.total for run in self.runs)
+        peaks = [run.peak_bytes for run in self.runs if run.peak_bytes is not None]
+        return {
+            **named, "seconds": total,
+            "stages": {stage: statistics.median(run.seconds[stage] for run in self.runs) for stage in STAGES},
+            "flops": self.flops, "flops_per_second": self.flops / total,
+            "megapixels_per_second": self.side**2 / 1e6 / total, "peak_bytes": max(peaks, default=None),
+        }  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -50,21 +120,28 @@ def run(options: argparse.Namespace) -> int:
         )
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
+    limit = memory_limit(options, device)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.work or Path(temporary)) / f"{options.size}-{str(dtype).removeprefix('torch.')}"
         if not (folder / "ours.safetensors").exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_files(folder, SIZES[options.size], dtype)
         contenders = _load(folder, device, dtype, options)
-    rows = [row for side in options.outputs for row in _compare(contenders, side, device, options.repeats)]
-    report = {
+    for found in contenders:
+        if found.own is not None:
+            limit_memory(found.own, limit)
+    report: dict[str, Any] = {
         "machine": machine(device), "device": str(device), "dtype": str(dtype), "size": options.size,
-        "repeats": options.repeats,
-        "ceiling_flops": ceiling(device, dtype), "rows": rows,
+        "repeats": options.repeats, "ceiling_flops": ceiling(device, dtype),
         "weights": {found.name: found.weights for found in contenders},
         "load_seconds": {found.name: found.load_seconds for found in contenders},
     }  # fmt: skip
-    _print(report)
+    _print_head(report)
+    report["rows"] = []
+    for side in options.outputs:
+        rows = _compare([Trial(found, side, device) for found in contenders], options.repeats, options.compile)
+        _print_rows(rows, report["ceiling_flops"])
+        report["rows"] += rows
     print(json.dumps(report))
     return 0
 
@@ -74,43 +151,52 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype, options: argpa
     if options.only != "ours":
         found.append(load_official(folder, device, dtype))
     if options.only != "published":
-        found.append(load_ours(folder, device, dtype, options.compile, options.prompt_tokens))
+        found.append(load_ours(folder, device, dtype, options.prompt_tokens))
     return found
 
 
-def _compare(contenders: list[Contender], side: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+def _compare(trials: list[Trial], repeats: int, compiled: bool) -> list[dict[str, Any]]:
     """Run each in turn, so that what else the machine does meets both alike; the first round only warms up."""
-    flops = {found.name: count_flops(found, side, device) for found in contenders}
-    runs: dict[str, list[Any]] = {found.name: [] for found in contenders}
+    own = [trial.contender.own for trial in trials if trial.contender.own is not None]
+    for model in own:
+        model.compiled = None
+    for trial in trials:
+        trial.count()
+    if compiled:
+        for model in own:
+            model.compile()
+        for trial in trials:
+            trial.warm()
     for _ in range(repeats):
-        for found in contenders:
-            runs[found.name].append(run_once(found, side, device))
-            print(f"{side}: {found.name} {runs[found.name][-1].total:.2f} s", file=sys.stderr)
-    rows = []
-    for name, results in runs.items():
-        seconds = {stage: statistics.median(run.seconds[stage] for run in results) for stage in STAGES}
-        total = statistics.median(run.total for run in results)
-        rows.append({
-            "side": side, "name": name, "seconds": total, "stages": seconds, "flops": flops[name],
-            "flops_per_second": flops[name] / total, "megapixels_per_second": side**2 / 1e6 / total,
-            "peak_bytes": max(run.peak_bytes for run in results),
-        })  # fmt: skip
-    return rows
+        for trial in trials:
+            trial.time()
+    return [trial.row() for trial in trials]
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print_head(report: dict[str, Any]) -> None:
     print(f"{report['machine']}, {report['size']}, {report['dtype']}, median of {report['repeats']}")
     for name, weights in report["weights"].items():
         print(f"{name}: weights {weights / 1e9:.2f} GB, loaded in {report['load_seconds'][name]:.1f} s")
     print(f"matrix product: {report['ceiling_flops'] / 1e12:.2f} TFLOP/s")
-    head = ["side", "", "seconds", *STAGES, "MP/s", "peak GB", "TFLOP", "of ceiling"]
-    print("  ".join(f"{name:>10}" for name in head))
-    for row in report["rows"]:
-        cells = [row["side"], row["name"], f"{row['seconds']:.2f}", *(f"{row['stages'][stage]:.2f}" for stage in STAGES),
-                 f"{row['megapixels_per_second']:.3f}", f"{row['peak_bytes'] / 1e9:.2f}", f"{row['flops'] / 1e12:.2f}",
-                 f"{row['flops_per_second'] / report['ceiling_flops']:.0%}"]  # fmt: skip
-        print("  ".join(f"{cell:>10}" for cell in cells))
-    totals = {(row["side"], row["name"]): row["seconds"] for row in report["rows"]}
-    for side in sorted({row["side"] for row in report["rows"]}):
-        if (side, "ours") in totals and (side, "published") in totals:
-            print(f"{side}: {totals[side, 'ours'] / totals[side, 'published']:.2f} of the published procedure's time")
+    _print_line(["side", "", "seconds", *STAGES, "MP/s", "peak GB", "TFLOP", "of ceiling"])
+
+
+def _print_rows(rows: list[dict[str, Any]], ceiling_flops: float) -> None:
+    """The lines of one side."""
+    for row in rows:
+        if "error" in row:
+            print(f"{row['side']:>10}  {row['name']:>10}  does not fit: {row['error']}", flush=True)
+            continue
+        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
+        _print_line([
+            row["side"], row["name"], f"{row['seconds']:.2f}", *(f"{row['stages'][stage]:.2f}" for stage in STAGES),
+            f"{row['megapixels_per_second']:.3f}", peak, f"{row['flops'] / 1e12:.2f}",
+            f"{row['flops_per_second'] / ceiling_flops:.0%}",
+        ])  # fmt: skip
+    seconds = {row["name"]: row["seconds"] for row in rows if "error" not in row}
+    if len(seconds) == 2:
+        print(f"{rows[0]['side']}: {seconds['ours'] / seconds['published']:.2f} of the published procedure's time", flush=True)
+
+
+def _print_line(cells: list[Any]) -> None:
+    print("  ".join(f"{cell:>10}" for cell in cells), flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..bundle import is_bundle, read_bundle
-from ..device import DEVICES, DTYPES
+from ..device import DEVICES, DTYPES, held_memory
 from ..diffusers_models import DiffusersModel, load_builtin, load_bundle, load_folder
 from ..lora import TRANSFORMER_FILE, VAE_FILE, Lora, load_lora
 from ..prompt import TOKENS_FILE, PromptEmbeds, load_prompt
@@ -38,6 +38,45 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """``--dtype`` and ``--device``."""
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="number type of the model")
     parser.add_argument("--device", default="auto", metavar="|".join(DEVICES), help="where to run; cuda:1 works too")
+
+
+def add_memory_argument(parser: argparse.ArgumentParser) -> None:
+    """``--memory``."""
+    parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="what weights, maps and tiles may take of a GPU, if not all that is free",
+    )
+
+
+def memory_limit(options: argparse.Namespace, device: torch.device) -> int | None:
+    """Bytes that ``--memory`` allows on ``device``.
+
+    Raises:
+        ValueError: where it is no amount of memory, or the device has none of its own.
+    """
+    if options.memory is None:
+        return None
+    if not (math.isfinite(options.memory) and options.memory > 0):
+        raise ValueError(f"--memory {options.memory:g}: expected a number of GB above 0, such as 8")
+    if device.type == "cpu":
+        raise ValueError(f"--memory {options.memory:g}: goes with a GPU; on the CPU leave it out")
+    return int(options.memory * 1e9)
+
+
+def limit_memory(model: DiffusersModel, limit: int | None) -> None:
+    """Hold ``model`` to ``limit`` bytes of its device.
+
+    Raises:
+        ValueError: where what is on the device already leaves nothing for pictures.
+    """
+    if limit is not None and limit <= (held := held_memory(model.device)):
+        raise ValueError(
+            f"--memory {limit / 1e9:g}: the weights alone take {held / 1e9:.1f} GB; give more, or take "
+            "--dtype fp16 or a folded bundle"
+        )
+    model.memory_limit = limit
 
 
 def load_model(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> DiffusersModel:

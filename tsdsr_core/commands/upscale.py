@@ -21,7 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..colour import METHODS
-from ..device import choose_device, choose_dtype, free_memory
+from ..device import choose_device, choose_dtype
 from ..diffusers_models import DiffusersModel
 from ..geometry import target_size
 from ..image_io import Picture, check_output, read_picture, write_picture
@@ -30,7 +30,14 @@ from ..memory import fits_beside, is_out_of_memory
 from ..restore import RECIPES, Options, bicubic, restore, tile_settings
 from ..tile_plan import OVERLAP
 from ..vae_plan import check_tile
-from .model_options import add_device_arguments, add_source_arguments, load_model
+from .model_options import (
+    add_device_arguments,
+    add_memory_argument,
+    add_source_arguments,
+    limit_memory,
+    load_model,
+    memory_limit,
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--posterior", choices=("mode", "sample"), default="mode", help="of the VAE encoder")
     parser.add_argument("--seed", type=int, default=0, help="of --posterior sample, the same for each picture")
     add_device_arguments(parser)
+    add_memory_argument(parser)
     parser.add_argument("--existing", choices=("error", "skip", "overwrite"), default="error", help="for results there are")
     parser.add_argument("--json", action="store_true", help="report as one JSON object on standard output")
 
@@ -105,7 +113,9 @@ def _run_shared(jobs: list[Job], device: torch.device, chosen: Options, options:
 
 
 def _run_jobs(jobs: list[Job], device: torch.device, chosen: Options, options: argparse.Namespace) -> list[Outcome]:
+    limit = memory_limit(options, device)
     model = load_model(options, device, choose_dtype(options.dtype, device))
+    limit_memory(model, limit)
     model.vae_tile = options.vae_tile
     if options.prompt_tokens is not None:
         model.prompt = model.prompt.pruned(options.prompt_tokens)
@@ -148,7 +158,7 @@ def _upscale_file(job: Job, model: DiffusersModel, chosen: Options, options: arg
             bar.set_description(stage)
 
         with torch.inference_mode():
-            place = model.device if fits_beside(*size, free_memory(model.device)) else "cpu"
+            place = model.device if fits_beside(*size, model.free_memory()) else "cpu"
             rgb = restore(picture.rgb.to(place), model.restorer(options.posterior, options.seed), chosen, progress)
     alpha = None if picture.alpha is None else bicubic(picture.alpha, size)
     result = Picture(rgb.cpu(), alpha, picture.grey, picture.deep, picture.icc, picture.exif)

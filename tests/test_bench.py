@@ -120,4 +120,4 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     for name in ("tsdsr_core.bench", "tsdsr_core.commands.bench"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert main(["bench"]) == 2
-    assert "peft is not installed: pip install tsdsr[bench]" in capsys.readouterr().err
+    assert "peft is not installed: pip install -e '.[bench]'" in capsys.readouterr().err

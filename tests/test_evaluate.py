@@ -155,7 +155,7 @@ def test_metrics_without_their_extra_say_what_to_install(folders, capsys, monkey
         assert evaluate(folders, "--metrics", name) == 2
         error = capsys.readouterr().err
         assert missing in error
-        assert "pip install 'tsdsr[metrics]'" in error
+        assert "pip install -e '.[metrics]'" in error
 
 
 class StandIn:
@@ -225,7 +225,7 @@ def test_what_pyiqa_cannot_do_is_one_clear_error(large, capsys, pyiqa, monkeypat
     for name, message in (
         ("sharpnes", "unknown metrics sharpnes: expected names of --help or of pyiqa.list_models()"),
         ("offline", "metric offline: its weights cannot be fetched"),
-        ("broken", "metric broken: a package of pyiqa's is missing: pip install 'tsdsr[metrics]'"),
+        ("broken", "metric broken: a package of pyiqa's is missing: pip install -e '.[metrics]'"),
         ("niqe", "1.bmp: metric niqe fails: AssertionError: too bright"),
     ):
         assert evaluate(large, "--metrics", name, "--device", "cpu") == 2

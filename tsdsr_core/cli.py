@@ -44,7 +44,8 @@ def _run(arguments: list[str]) -> int:
                 command = importlib.import_module("." + _MODULES.get(name, f"commands.{name}"), __package__)
             except ModuleNotFoundError as error:
                 extra = name if name in ("bench", "train") else "cli"
-                print(f"tsdsr {name}: error: {error.name} is not installed: pip install tsdsr[{extra}]", file=sys.stderr)
+                advice = f"pip install -e '.[{extra}]' in the project's folder"
+                print(f"tsdsr {name}: error: {error.name} is not installed: {advice}", file=sys.stderr)
                 return 2
             sub.description = command.__doc__
             command.add_arguments(sub)

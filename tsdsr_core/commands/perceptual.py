@@ -39,7 +39,7 @@ def load_metrics(names: list[str], device: torch.device) -> dict[str, Metric]:
         pyiqa = importlib.import_module("pyiqa")
     except ImportError as error:
         wanted = ", ".join(names)
-        advice = "pip install 'tsdsr[metrics]', or choose metrics that --help lists by name"
+        advice = "pip install -e '.[metrics]', or choose metrics that --help lists by name"
         raise ValueError(f"pyiqa is needed for {wanted}: {advice} ({error})") from error
     unknown = [name for name in names if name not in pyiqa.list_models()]
     if unknown:
@@ -73,7 +73,7 @@ def _load(pyiqa: Any, name: str, device: torch.device) -> Metric:
         advice = "connect to the internet for the first run, or bring the caches of torch and Hugging Face along"
         raise ValueError(f"metric {name}: its weights cannot be fetched ({error}); {advice}") from error
     except ImportError as error:
-        raise ValueError(f"metric {name}: a package of pyiqa's is missing: pip install 'tsdsr[metrics]' ({error})") from error
+        raise ValueError(f"metric {name}: a package of pyiqa's is missing: pip install -e '.[metrics]' ({error})") from error
 
     def score(*arguments: Any, **settings: Any) -> float:
         try:

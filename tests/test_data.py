@@ -136,30 +136,43 @@ def test_loading_leaves_the_global_generator_alone(workers):
     assert drawn == torch.rand(())
 
 
-def test_crops_keep_their_surroundings_and_are_turned_and_halved(tmp_path, quick):
+def test_crops_keep_their_surroundings_and_are_turned_and_shrunk(tmp_path, quick):
     """Red and green say where a pixel came from."""
     side = 250
     row, column = np.mgrid[0:side, 0:side].astype(np.uint8)
     (tmp_path / "map").mkdir()
     Image.fromarray(np.dstack((row, column, 0 * row))).save(tmp_path / "map" / "a.png")
-    dataset = Pairs([tmp_path / "map"], MIXTURE, seed=0)
+    dataset = Pairs([tmp_path / "map"], replace(MIXTURE, crop=16), seed=0)
     orientations, steps, corners = set(), set(), []
-    for index in range(80):
+    for index in range(120):
         high = (dataset[index]["high"] * 255)[:2]
         down, right = (high[:, 1, 0] - high[:, 0, 0]).round(), (high[:, 0, 1] - high[:, 0, 0]).round()
         step = int(down.abs().max())
         steps.add(step)
         orientations.add((tuple((down / step).tolist()), tuple((right / step).tolist())))
-        expected = high[:, :1, :1] + down[:, None, None] * torch.arange(32)[:, None] + right[:, None, None] * torch.arange(32)
+        expected = high[:, :1, :1] + down[:, None, None] * torch.arange(16)[:, None] + right[:, None, None] * torch.arange(16)
         assert (high - expected).abs().max() < 0.01
         margin = 32 * step - 0.5
         assert high.min() >= margin
         assert high.max() <= side - 1 - margin
         corners.append(tuple(high.amin((1, 2)).tolist()))
-    assert steps == {1, 2}
+    assert steps == {1, 2, 3}
     assert len(orientations) == 8
     assert len(set(corners)) > 70
-    assert {shape for _, shape in quick} == {(3, SMALLEST, SMALLEST)}
+    assert {shape for _, shape in quick} == {(3, 80, 80)}
+
+
+def test_crops_with_detail_are_drawn_more_often(tmp_path, quick):
+    """Stripes with four times the steps of others, against each other."""
+    for name, height in (("faint", 20), ("strong", 80)):
+        pixels = np.full((SMALLEST, SMALLEST, 3), 100, np.uint8)
+        pixels[:, ::2] += np.uint8(height)
+        (tmp_path / "s").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "s" / f"{name}.png")
+    for candidates, share in ((1, 0.5), (2, 0.25 + 0.5 * 0.8)):  # with two, both strong, or one of each
+        dataset = Pairs([tmp_path / "s"], replace(MIXTURE, candidates=candidates), seed=0)
+        strong = sum(bool(dataset[index]["high"].max() > 0.6) for index in range(400))
+        assert strong == pytest.approx(400 * share, abs=40)  # 4 standard deviations
 
 
 def shares(dataset, count):

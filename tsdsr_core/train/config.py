@@ -34,6 +34,8 @@ class Data:
     """Degradations and their weights."""
     synthetic_share: float = 0.0
     """Share of pictures that are drawn, 0..1."""
+    candidates: int = 1
+    """Crops of photographs from which one is drawn, those with more detail more often; prepared ones are taken as they come."""
     captions: bool = False
     """Teacher and LoRA model see each picture's caption (``tsdsr train prepare --captions``), else the fixed prompt."""
     workers: int = 0
@@ -209,8 +211,8 @@ def _table(kind: Any, values: Mapping[str, Any], name: str) -> Any:
 
 
 _AT_LEAST_ONE = (
-    "data.scale", "model.rank", "optimiser.cycles", "run.steps", "run.batch", "run.accumulate", "run.save_every",
-    "run.validate_every", "pretrain.wavelet_levels",
+    "data.scale", "data.candidates", "model.rank", "optimiser.cycles", "run.steps", "run.batch", "run.accumulate",
+    "run.save_every", "run.validate_every", "pretrain.wavelet_levels",
 )  # fmt: skip
 _POSITIVE = ("optimiser.learning_rate", "optimiser.fake_learning_rate", "optimiser.clip_norm")
 _SHARES = (

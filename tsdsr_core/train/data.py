@@ -26,6 +26,8 @@ Read = TypeVar("Read")
 Folder = Path | tuple[Path, float]
 """A folder, or a folder and its weight."""
 CACHE_BYTES = 2**28
+_MOST_SHRINK = 3
+_LEAST_DETAIL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Mixture:
     """Degradation presets and their weights; none for trainings on good pictures alone, where ``low`` is ``high``."""
     synthetic_share: float
     """Share of synthetic pictures, 0..1."""
+    candidates: int = 1
+    """Crops of photographs among which one is drawn, each of a photograph of its own; see ``detail``."""
 
     @property
     def margin(self) -> int:
@@ -130,15 +134,22 @@ class Pairs(Dataset[dict[str, Tensor]]):
         """
         generator = generator_for(self.seed, index, "pairs")
         if float(torch.rand((), generator=generator)) < self.mixture.synthetic_share:
-            return self._from_photo(self.synthetic[_int(len(self.synthetic), generator)], generator)
+            return self._pair(self._view(self.synthetic[_int(len(self.synthetic), generator)], generator), generator)
         source = self.sources[_weighted(self.weights, generator)]
-        if isinstance(source, Photos):
-            return self._from_photo(_readable(source, source.read, generator), generator)
-        return self._from_prepared(source, generator)
+        if isinstance(source, Prepared):
+            return self._from_prepared(source, generator)
+        count = self.mixture.candidates
+        views = [self._view(_readable(source, source.read, generator), generator) for _ in range(count)]
+        chosen = views[_weighted([detail(view) for view in views], generator)] if count > 1 else views[0]
+        return self._pair(chosen, generator)
 
-    def _from_photo(self, photo: Tensor, generator: Generator) -> dict[str, Tensor]:
-        low, high = pair_from(photo, self.mixture, generator)
-        return {"low": low, "high": high}
+    def _view(self, picture: Tensor, generator: Generator) -> Tensor:
+        return random_view(picture, self.mixture.crop + 2 * self.mixture.margin, generator)
+
+    def _pair(self, view: Tensor, generator: Generator) -> dict[str, Tensor]:
+        high = turned(view, generator)
+        low = _degraded(high, self.mixture, generator)
+        return {"low": _cut_margin(low, self.mixture), "high": _cut_margin(high, self.mixture)}
 
     def _from_prepared(self, source: Prepared, generator: Generator) -> dict[str, Tensor]:
         mixture = self.mixture
@@ -224,12 +235,6 @@ def synthetic_pictures(mixture: Mixture) -> list[Tensor]:
     return [synthetic.picture(side, own) for _ in range(32)]
 
 
-def pair_from(picture: Tensor, mixture: Mixture, generator: Generator) -> tuple[Tensor, Tensor]:
-    """A random crop of a uint8 ``(3, H, W)`` picture, its low quality enlarged: ``(3, crop, crop)`` in 0..1 each."""
-    high = turned(_view(picture, mixture.crop + 2 * mixture.margin, generator), generator)
-    return _cut_margin(_degraded(high, mixture, generator), mixture), _cut_margin(high, mixture)
-
-
 def turned(image: Tensor, generator: Generator) -> Tensor:
     """``(..., H, W)`` flipped or not, and turned by a multiple of 90 degrees."""
     if _int(2, generator):
@@ -237,15 +242,20 @@ def turned(image: Tensor, generator: Generator) -> Tensor:
     return torch.rot90(image, _int(4, generator), (-2, -1))
 
 
-def _view(picture: Tensor, side: int, generator: Generator) -> Tensor:
-    """A random square of a picture at its size or, where that is large, at half of it, in 0..1."""
-    source_side = side
-    if min(picture.shape[1:]) >= 2 * side and _int(2, generator):  # half-size views: finer detail from the same photo
-        source_side = 2 * side
+def random_view(picture: Tensor, side: int, generator: Generator) -> Tensor:
+    """A random square ``(3, side, side)`` in 0..1 of a uint8 picture at its size or, where it is large, a half or a third."""
+    shrink = 1 + _int(min(_MOST_SHRINK, min(picture.shape[1:]) // side), generator)  # finer detail from the same photo
+    source_side = shrink * side
     top = _int(picture.shape[1] - source_side + 1, generator)
     left = _int(picture.shape[2] - source_side + 1, generator)
     crop = picture[:, top : top + source_side, left : left + source_side].float() / 255
-    return crop if source_side == side else F.avg_pool2d(crop, 2)
+    return crop if shrink == 1 else F.avg_pool2d(crop, shrink)
+
+
+def detail(image: Tensor) -> float:
+    """Root mean square step between neighbours of ``(3, H, W)``: what a crop is drawn by, for sky and fog teach little."""
+    steps = [image.diff(dim=axis).square().mean() for axis in (1, 2)]
+    return float((torch.stack(steps).mean() + _LEAST_DETAIL**2).sqrt())
 
 
 def _degraded(high: Tensor, mixture: Mixture, generator: Generator) -> Tensor:

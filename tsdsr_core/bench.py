@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .bundle import read_bundle, write_bundle
 from .device import release_memory
 from .diffusers_models import DiffusersModel, load_bundle, load_folder, merged_bundle
+from .files import write_tensors
 from .flow import TIMESTEP
 from .fold import fold
 from .lora import TRANSFORMER_FILE, VAE_FILE, load_lora
@@ -105,7 +105,7 @@ def write_files(folder: Path, size: Size, dtype: torch.dtype) -> None:
         tensors = {
             "transformer." + key.replace(".default", ""): torch.randn(value.shape) * 0.01 for key, value in adapters.items()
         }
-        save_file(tensors, folder / file)
+        write_tensors(folder / file, tensors)
         del model
     torch.save(torch.randn(size.tokens), folder / TOKENS_FILE)
     torch.save(torch.randn(size.pooled), folder / POOLED_FILE)

@@ -50,33 +50,31 @@ def plan_and_run(
     """
     forms = [op.form for op in program]
 
-    def attempt(plan: Plan, cut: bool) -> Tensor:
+    def attempt(plan: Plan) -> Tensor:
         check_ram(plan.device_bytes if device.type == "cpu" else plan.host_bytes, ram())
-        return run(program, x, plan, device, affine, tick, release, cut)
+        return run(program, x, plan, device, affine, tick, release)
 
     plan = plan_tiles(forms, x.shape[2], x.shape[3], x.dtype.itemsize, free(), tile)
-    if plan.maps == "host" or not _apart(device):
-        return attempt(plan, True)
     try:
-        return attempt(plan, False)
+        return attempt(plan)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not (is_out_of_memory(error) and _could_move(plan, device)):
             raise
         log.warning("out of memory with the VAE's maps on the device; going on with them in host memory")
     release()  # here, where the error no longer holds the maps
-    return attempt(plan_tiles(forms, x.shape[2], x.shape[3], x.dtype.itemsize, free(), tile, PLACES[1:]), True)
+    return attempt(plan_tiles(forms, x.shape[2], x.shape[3], x.dtype.itemsize, free(), tile, PLACES[1:]))
 
 
-def _apart(device: torch.device) -> bool:
-    """Whether a device has memory of its own."""
-    return device.type != "cpu"
+def _could_move(plan: Plan, device: torch.device) -> bool:
+    """Whether the maps take memory of a device that host memory could spare it."""
+    return plan.maps == "device" and device.type != "cpu"
 
 
 @torch.inference_mode()
 def run(
     program: Program, x: Tensor, plan: Plan, device: torch.device,
     affine: Affine = lambda norm, like: (norm.weight, norm.bias),
-    tick: Tick = lambda done, total: None, release: Callable[[], None] = lambda: None, cut: bool = True,
+    tick: Tick = lambda done, total: None, release: Callable[[], None] = lambda: None,
 ) -> Tensor:  # fmt: skip
     """Run a decoder's or encoder's program over a batch, image by image; nothing of the autoencoder is changed.
 
@@ -85,20 +83,19 @@ def run(
         device: where the modules compute.
         affine: for hosts that keep the weights of norms elsewhere or in another type.
         release: gives cached memory back, after running out.
-        cut: whether tiles are cut smaller after memory ran out; otherwise its error ends the run.
 
     Returns:
         ``(B, C', H', W')`` in the type and on the device of ``x``.
 
     Raises:
         ValueError: where the plan was made for something else.
-        RuntimeError: where the least tile, or with ``cut`` False any, does not fit into memory.
+        RuntimeError: where the least tile does not fit into memory, or any beside maps that could lie in host memory instead.
     """
     expected, last = (plan.steps[0].form.reads, plan.height, plan.width), plan.steps[-1]
     if tuple(x.shape[1:]) != expected or [op.form for op in program] != [step.form for step in plan.steps]:
         raise ValueError(f"input of shape {tuple(x.shape)}: the plan is for another program, or for images of {expected}")
     result = x.new_empty(len(x), last.form.writes, last.height, last.width)
-    tiles = _Tiles(plan.tiles * len(x), tick, release, cut)
+    tiles = _Tiles(plan.tiles * len(x), tick, release, cut=not _could_move(plan, device))
     for index in range(len(x)):
         _Picture(x[index : index + 1], plan, device, affine, tiles).run(program, result[index : index + 1])
     return result

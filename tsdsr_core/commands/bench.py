@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +31,8 @@ from ..bench import (
 from ..device import choose_device, choose_dtype, release_memory
 from ..memory import is_out_of_memory
 from .model_options import add_device_arguments, add_memory_argument, limit_memory, memory_limit
+
+Result = TypeVar("Result")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,43 +60,33 @@ class Trial:
     error: str | None = None
     """Why it does not fit into memory."""
 
-    def attempt(self, work: Callable[[Contender, int, torch.device], None]) -> None:
-        """Do ``work`` with the contender, unless memory has run out in it before."""
+    def _attempt(self, work: Callable[[Contender, int, torch.device], Result]) -> Result | None:
+        """What ``work`` gives with the contender; None where memory runs out in it, or has before."""
         if self.error is not None:
-            return
+            return None
         try:
-            work(self.contender, self.side, self.device)
+            return work(self.contender, self.side, self.device)
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, MemoryError) and not is_out_of_memory(error):
                 raise
             self.error = str(error).strip().partition("\n")[0]
-        if self.error is not None:
-            release_memory(self.device)  # here, where the error no longer holds tensors
+        release_memory(self.device)  # here, where the error no longer holds tensors
+        return None
 
     def count(self) -> None:
         """Count the operations, which also warms up."""
-
-        def work(*given: Any) -> None:
-            self.flops = count_flops(*given)
-
-        self.attempt(work)
+        self.flops = self._attempt(count_flops) or 0
 
     def warm(self) -> None:
         """Run once for nothing."""
-
-        def work(*given: Any) -> None:
-            run_once(*given)
-
-        self.attempt(work)
+        self._attempt(run_once)
 
     def time(self) -> None:
         """Run once, and tell of it."""
-
-        def work(*given: Any) -> None:
-            self.runs.append(run_once(*given))
-            print(f"{self.side}: {self.contender.name} {self.runs[-1].total:.2f} s", file=sys.stderr)
-
-        self.attempt(work)
+        found = self._attempt(run_once)
+        if found is not None:
+            self.runs.append(found)
+            print(f"{self.side}: {self.contender.name} {found.total:.2f} s", file=sys.stderr)
 
     def row(self) -> dict[str, Any]:
         """What the report says of it: medians, or why it did not fit."""

@@ -68,7 +68,7 @@ def _separate(config: Config, sources: Sources, device: torch.device) -> Network
             part.requires_grad_(True)
     _freeze_idle_attention(student_vae)
     transformers = {STUDENT: base.transformer.requires_grad_(True)}
-    if _distils(config):
+    if config.distils:
         if sources.teacher is None:
             raise ValueError(f"objective {config.objective.name!r} needs --teacher: the bundle that stage 'teacher' exported")
         teacher = _small(sources.teacher, "--teacher", device)
@@ -126,12 +126,12 @@ def _adapted(config: Config, sources: Sources, device: torch.device) -> Networks
         raise ValueError(
             "model.trained = 'lora' needs --base, an SD3 folder, and --embedding-dir, the fixed prompt's embeddings"
         )
-    if sources.null is None and (config.stage == "teacher" or _distils(config)):
+    if sources.null is None and (config.stage == "teacher" or config.distils):
         raise ValueError("--null is needed, the empty prompt's embeddings: tsdsr train prepare makes them")
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     transformer = load_part(sources.base, "transformer", dtype).requires_grad_(False).eval()
     vae = load_part(sources.base, "vae", torch.float32).requires_grad_(False).eval()  # 16 bit would drown the adapter
-    if _distils(config) and sources.teacher is not None:
+    if config.distils and sources.teacher is not None:
         psi, rank = _load_psi(sources.teacher)
         add_adapters(config, transformer, vae, rank)
         for role in (TEACHER, FAKE):  # phi begins as psi, so that they come to differ by what the student makes alone
@@ -171,7 +171,7 @@ def add_adapters(config: Config, transformer: SD3Transformer2DModel, vae: Autoen
     """
     rank = config.model.rank
     ranks = {TEACHER: rank} if config.stage == "teacher" else {STUDENT: rank}
-    if _distils(config):
+    if config.distils:
         ranks |= {FAKE: psi_rank or rank} | ({TEACHER: psi_rank} if psi_rank else {})
     for role, own in ranks.items():
         transformer.add_adapter(_adapter(own, TRANSFORMER_TARGETS), role)
@@ -181,10 +181,6 @@ def add_adapters(config: Config, transformer: SD3Transformer2DModel, vae: Autoen
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.float()
-
-
-def _distils(config: Config) -> bool:
-    return config.stage == "student" and config.objective.name != "supervised"
 
 
 def _load_psi(path: Path) -> tuple[Lora, int]:

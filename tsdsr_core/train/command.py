@@ -102,11 +102,10 @@ def _train(options: argparse.Namespace) -> None:
         loop.resume(checkpoint)
     prompt = {"tokens": networks.prompt.tokens.cpu(), "pooled": networks.prompt.pooled.cpu()}
     source.check_model(networks.autoencoder, {name: tensor.shape[1:] for name, tensor in prompt.items()})
-    levels = config.pretrain.wavelet_levels if config.stage == "pretrain" else config.objective.wavelet_levels
 
     def check(restore: Any, step: int) -> Any:
         return validate(
-            pairs, restore, levels or WAVELET_LEVELS, accelerator.device,
+            pairs, restore, config.wavelet_levels or WAVELET_LEVELS, accelerator.device,
             lambda name, picture: _show(accelerator, name, picture, step),
         )  # fmt: skip
 

@@ -150,6 +150,16 @@ class Config:
     optimiser: Optimiser = field(default_factory=Optimiser)
     run: Run = field(default_factory=Run)
 
+    @property
+    def distils(self) -> bool:
+        """Whether there is a teacher beside the student."""
+        return self.stage == "student" and self.objective.name != "supervised"
+
+    @property
+    def wavelet_levels(self) -> int:
+        """Of the colour fix that the stage is trained through; 0 for none."""
+        return self.pretrain.wavelet_levels if self.stage == "pretrain" else self.objective.wavelet_levels
+
 
 def read_config(path: Path) -> Config:
     """Read and check a TOML file.

@@ -100,5 +100,5 @@ def _small_bundle(checkpoint: Checkpoint, base: Path | None, notes: Mapping[str,
 
 
 def _defaults(config: Config) -> dict[str, int]:
-    levels = config.pretrain.wavelet_levels if config.stage == "pretrain" else config.objective.wavelet_levels
+    levels = config.wavelet_levels
     return {"process_size": 0, **({"wavelet_levels": levels} if levels else {})}

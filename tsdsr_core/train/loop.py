@@ -51,10 +51,8 @@ class Loop:
         check_autoencoder(checkpoint, self.trainer.networks.autoencoder)
         for name, group in self.trainer.groups.items():
             set_parameters(group.parameters, checkpoint.weights.get(name, {}), f"the {name} in the checkpoint")
-            own = [dict(group) for group in self.optimisers[name].param_groups]
-            self.optimisers[name].load_state_dict(checkpoint.optimisers[name])
-            for restored, configured in zip(self.optimisers[name].param_groups, own, strict=True):
-                restored.update({key: configured[key] for key in ("betas", "weight_decay")})  # as is the learning rate
+            own = self.optimisers[name].state_dict()["param_groups"]  # the averages are restored, the settings are the run's
+            self.optimisers[name].load_state_dict({**checkpoint.optimisers[name], "param_groups": own})
         self.average = {name: checkpoint.average[name].to(value) for name, value in self.average.items()}
         self.step, self.seen = checkpoint.step, checkpoint.samples
 

@@ -75,7 +75,7 @@ class StudentTrainer:
         self.networks, self.objective, self.steps = networks, config.objective, config.run.steps
         rates = config.optimiser
         self.groups = {STUDENT: Group(networks.parameters(STUDENT), rates.learning_rate)}
-        self.distils = config.objective.name != "supervised"
+        self.distils = config.distils
         if self.distils:
             self.groups[FAKE] = Group(networks.parameters(FAKE), rates.fake_learning_rate)
         self.distance = distance(config.objective.perceptual, networks.device)

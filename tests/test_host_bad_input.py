@@ -149,6 +149,15 @@ def prompt_with_an_area_for_the_sampler(host, sd3, graph):
     return "'area'"
 
 
+def checkpoint_with_more_blocks_than_heads(host, sd3, graph):
+    model = load_builtin(CPU, torch.float32)
+    transformer = type(model.transformer)(**{**model.transformer.config, "num_layers": 3})
+    path = host.base / "models" / "tsdsr" / "deep.safetensors"
+    write_bundle(path, merged_bundle(transformer, model.vae, model.prompt, torch.float32, model.defaults, {}))
+    graph.add("PreviewAny", source=(graph.add("TSDSRLoadCheckpoint", checkpoint=path.name, vae_precision="auto"), 0))
+    return "a transformer of 3 blocks with 2 heads: ComfyUI runs SD3 with as many blocks as heads"
+
+
 def fold_builtin(host, graph):
     """The built-in model, folded, as a bundle; its loader."""
     model = load_builtin(CPU, torch.float32)
@@ -219,6 +228,7 @@ CASES = [
     loras("are the two files swapped?", transformer_lora="tsdsr/vae.safetensors"),
     loras("are the two files swapped?", vae_lora="tsdsr/transformer.safetensors"),
     lora_of_another_base, wrong_model, wrong_model_for_the_lora, wrong_vae, foreign_checkpoint, truncated_checkpoint,
+    checkpoint_with_more_blocks_than_heads,
     other_channels, several_steps, a_path_upwards, overlap_above_tile, tile_too_small,
     vae_tile_too_small, far_too_large,
     odd_image("nan", "NaN or infinite pixels"), odd_image("empty batch", "not empty"), odd_image("text", "expected (batch"),

@@ -30,6 +30,9 @@ def build_model(bundle: Bundle, **options: Any) -> Any:
     Raises:
         ValueError: where ComfyUI cannot hold it.
     """
+    blocks, heads = (bundle.configs["transformer"][name] for name in ("num_layers", "num_attention_heads"))
+    if blocks != heads:
+        raise ValueError(f"a transformer of {blocks} blocks with {heads} heads: ComfyUI runs SD3 with as many blocks as heads")
     weights = folded.widened(bundle.transformer) if bundle.folded else dict(bundle.transformer)
     if bundle.eight_bit:
         weights = eight_bit.hosted(weights)

@@ -78,7 +78,7 @@ def _separate(config: Config, sources: Sources, device: torch.device) -> Network
 
 
 def _small_base(config: Config, sources: Sources, device: torch.device) -> DiffusersModel:
-    """The base's weights, with new blocks where more are configured; or those that a small model starts from."""
+    """The base's weights, or those that a small model starts from."""
     if sources.base is None and config.stage != "pretrain":
         raise ValueError(f"stage {config.stage!r} needs --base: a merged bundle of a small model, or builtin")
     if sources.base is None:
@@ -86,13 +86,12 @@ def _small_base(config: Config, sources: Sources, device: torch.device) -> Diffu
         return DiffusersModel(transformer, vae, prompt, device, torch.float32)
     start = _small(sources.base, "--base", device)
     layers = start.transformer.config["num_layers"]
-    if config.stage != "pretrain" or layers == config.model.layers:
-        return start
-    if layers > config.model.layers:
-        raise ValueError(f"--base {sources.base} has {layers} blocks: expected at most model.layers = {config.model.layers}")
-    transformer, _, _ = small_model.build(config.run.seed, config.model.layers)
-    small_model.grow(transformer, start.transformer.state_dict())
-    return DiffusersModel(transformer, start.vae, start.prompt, device, torch.float32)
+    if config.stage == "pretrain" and layers != config.model.layers:
+        raise ValueError(
+            f"--base {sources.base} has {layers} blocks, the configuration {config.model.layers}: set model.layers={layers}, "
+            "or leave --base out to start from nothing"
+        )
+    return start
 
 
 def _small(path: Path, option: str, device: torch.device) -> DiffusersModel:

@@ -49,8 +49,8 @@ class Model:
     trained: str = "lora"
     """lora: adapters on a base model. weights: a small model's own weights."""
     rank: int = 64
-    layers: int = 6
-    """Blocks of a small model's transformer."""
+    layers: int = 2
+    """Blocks of a small model's transformer, and its heads of 64 channels each."""
     gradient_checkpointing: bool = False
 
 

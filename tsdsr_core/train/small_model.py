@@ -13,7 +13,6 @@ All residual branches and the velocity start at zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,14 +25,14 @@ OFFSET = 4.0
 """``k`` above: large against the signal (-1..1), small enough for fp16."""
 _COPIES = ((0, 1.0), (1, -1.0))
 
+HEAD = 64
+"""Channels of a head."""
 TRANSFORMER_CONFIG: dict[str, Any] = {
     "sample_size": 64,
     "patch_size": 2,
     "in_channels": 16,
     "out_channels": 16,
-    "attention_head_dim": 64,
-    "num_attention_heads": 2,
-    "caption_projection_dim": 128,
+    "attention_head_dim": HEAD,
     "joint_attention_dim": 64,
     "pooled_projection_dim": 64,
     "pos_embed_max_size": 64,
@@ -54,9 +53,16 @@ VAE_CONFIG: dict[str, Any] = {
 
 
 def build(seed: int, layers: int) -> tuple[SD3Transformer2DModel, AutoencoderKL, PromptEmbeds]:
-    """A transformer of ``layers`` blocks, autoencoder and prompt embeddings at their starting weights, fp32 on the CPU."""
+    """Transformer, autoencoder and prompt embeddings at their starting weights, fp32 on the CPU.
+
+    Args:
+        layers: number of the transformer's blocks and of its heads, which are one number in SD3 too: ComfyUI takes both
+            from the width.
+    """
     torch.manual_seed(seed)
-    transformer = SD3Transformer2DModel(**TRANSFORMER_CONFIG, num_layers=layers)
+    transformer = SD3Transformer2DModel(
+        **TRANSFORMER_CONFIG, num_layers=layers, num_attention_heads=layers, caption_projection_dim=layers * HEAD
+    )
     vae = AutoencoderKL(**VAE_CONFIG)
     nn.init.zeros_(transformer.proj_out.weight)
     nn.init.zeros_(transformer.proj_out.bias)
@@ -65,27 +71,6 @@ def build(seed: int, layers: int) -> tuple[SD3Transformer2DModel, AutoencoderKL,
     tokens = torch.randn(1, 8, TRANSFORMER_CONFIG["joint_attention_dim"])
     pooled = torch.randn(1, TRANSFORMER_CONFIG["pooled_projection_dim"])
     return transformer, vae, PromptEmbeds(tokens, pooled)
-
-
-@torch.no_grad()
-def grow(transformer: Any, weights: Mapping[str, Tensor]) -> None:
-    """Load the weights of a shallower transformer; the blocks in between are new and change nothing at first.
-
-    The last block differs in shape from the others (it has no context output), so new ones stand before it.
-    """
-    depth = len(transformer.transformer_blocks)
-    known = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("transformer_blocks."))
-    last = f"transformer_blocks.{known - 1}."
-    renamed = {key.replace(last, f"transformer_blocks.{depth - 1}."): value.float() for key, value in weights.items()}
-    missing, unexpected = transformer.load_state_dict(renamed, strict=False)
-    new = [f"transformer_blocks.{index}." for index in range(known - 1, depth - 1)]
-    assert not unexpected
-    assert all(key.startswith(tuple(new)) for key in missing)
-    for index in range(known - 1, depth - 1):
-        block = transformer.transformer_blocks[index]
-        for linear in (block.attn.to_out[0], block.attn.to_add_out, block.ff.net[2], block.ff_context.net[2]):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
 
 
 @torch.no_grad()

@@ -6,14 +6,14 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..tsdsr_core.bundle import BUILTIN
-from ..tsdsr_core.lora import TRANSFORMER_FILE, VAE_FILE, load_lora
-from ..tsdsr_core.prompt import POOLED_FILE, TOKENS_FILE, load_prompt
+from ..tsdsr_core.bundle import BUILTIN, find_lora, find_prompt
+from ..tsdsr_core.lora import TRANSFORMER_FILE, VAE_FILE
+from ..tsdsr_core.prompt import POOLED_FILE, TOKENS_FILE
 from . import inputs
 from .host import files, loras, models
 from .host.schema import field, schema
 
-_LORAS = ("loras",)
+_LORAS = ("loras", files.FOLDER)
 _PROMPTS = (files.FOLDER, "embeddings")
 _BUNDLES = (files.FOLDER, "checkpoints")
 _BUILTIN_NAME = "built-in model (no download)"
@@ -69,7 +69,7 @@ class LoadLora(io.ComfyNode):
         vae_precision: str,
     ) -> io.NodeOutput:  # fmt: skip
         parsed = [
-            load_lora(files.find(_LORAS, name), target)
+            find_lora(files.find(_LORAS, name), target)
             for name, target in ((transformer_lora, "transformer"), (vae_lora, "vae"))
         ]
         models.check_sd3(model)
@@ -109,7 +109,7 @@ class LoadPrompt(io.ComfyNode):
     @classmethod
     def execute(cls, prompt: str, prompt_tokens: int = 0) -> io.NodeOutput:
         path = files.find(_PROMPTS, prompt)
-        embeds = load_prompt(path.parent if path.suffix == ".pt" else path)
+        embeds = find_prompt(path.parent if path.suffix == ".pt" else path)
         return io.NodeOutput(models.to_conditioning(embeds.pruned(prompt_tokens) if prompt_tokens else embeds))
 
 

@@ -112,6 +112,17 @@ def builtin_graph(image: tuple[str, int] | str = "photo.png", graph: Graph | Non
     return graph, graph.add("SaveImage", images=(result, 0), filename_prefix="test")
 
 
+def stages(graph: Graph, model: tuple, vae: tuple, conditioning: tuple, name: str) -> str:
+    """Encode, one step, decode and colour fix at the photo's own size; the node that saves it."""
+    image = graph.add("LoadImage", image="photo.png")
+    latent = graph.add("TSDSREncode", image=(image, 0), vae=vae)
+    step = graph.add("TSDSROneStep", model=model, conditioning=conditioning, latent=(latent, 0), strength=1.0, **TILES)
+    decoded = graph.add("TSDSRDecode", latent=(step, 0), vae=vae)
+    levels = {"color_fix.wavelet_levels": 5}
+    fixed = graph.add("TSDSRColorFix", image=(decoded, 0), reference=(image, 0), color_fix="wavelet", **levels)
+    return graph.add("SaveImage", images=(fixed, 0), filename_prefix=name)
+
+
 def differs(found: np.ndarray, expected: torch.Tensor) -> float:
     """Largest difference in 8-bit levels; the host's SaveImage cuts fractions off."""
     assert found.shape == tuple(expected.permute(1, 2, 0).shape)

@@ -19,7 +19,7 @@ from tsdsr_core.restore import Options, bicubic, restore
 
 from . import host as host_module
 from .host import Graph
-from .host_graphs import BUILTIN, CPU, TILES, UPSCALE, builtin_graph, core_sd3, differs, load_sd3
+from .host_graphs import BUILTIN, CPU, TILES, UPSCALE, builtin_graph, core_sd3, differs, load_sd3, stages
 
 
 def test_the_first_workflow_improves_a_real_photo(host):
@@ -91,17 +91,6 @@ def expected(host, sd3) -> torch.Tensor:
 def test_sd3_with_loras_gives_what_the_core_gives(way, modular, expected):
     result, saves, _ = modular
     assert differs(result.pictures(saves[way])[0], expected) <= 1
-
-
-def stages(graph: Graph, model: tuple, vae: tuple, conditioning: tuple, name: str) -> str:
-    """Encode, one step, decode and colour fix at the photo's own size; the node that saves it."""
-    image = graph.add("LoadImage", image="photo.png")
-    latent = graph.add("TSDSREncode", image=(image, 0), vae=vae)
-    step = graph.add("TSDSROneStep", model=model, conditioning=conditioning, latent=(latent, 0), strength=1.0, **TILES)
-    decoded = graph.add("TSDSRDecode", latent=(step, 0), vae=vae)
-    levels = {"color_fix.wavelet_levels": 5}
-    fixed = graph.add("TSDSRColorFix", image=(decoded, 0), reference=(image, 0), color_fix="wavelet", **levels)
-    return graph.add("SaveImage", images=(fixed, 0), filename_prefix=name)
 
 
 def test_the_vae_changes_its_type_for_the_lora(host, sd3, expected):

@@ -155,7 +155,7 @@ def checkpoint_with_more_blocks_than_heads(host, sd3, graph):
     path = host.base / "models" / "tsdsr" / "deep.safetensors"
     write_bundle(path, merged_bundle(transformer, model.vae, model.prompt, torch.float32, model.defaults, {}))
     graph.add("PreviewAny", source=(graph.add("TSDSRLoadCheckpoint", checkpoint=path.name, vae_precision="auto"), 0))
-    return "a transformer of 3 blocks with 2 heads: ComfyUI runs SD3 with as many blocks as heads"
+    return "a transformer of 3 blocks with 2 heads: ComfyUI takes SD3 to have as many blocks as heads"
 
 
 def fold_builtin(host, graph):

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from . import eight_bit
 from .files import write_tensors
-from .lora import Lora, parse_lora
-from .prompt import POOLED_KEY, TOKENS_KEY, PromptEmbeds
+from .lora import Lora, load_lora, parse_lora
+from .prompt import POOLED_KEY, TOKENS_KEY, PromptEmbeds, load_prompt
 
 BUILTIN = Path(__file__).parent / "assets" / "builtin.safetensors"
 """The small model that ships with the package."""
@@ -66,7 +66,7 @@ class Bundle:
             ValueError: for a merged bundle.
         """
         if self.kind != "lora":
-            raise ValueError("this bundle holds merged weights, no LoRAs: give it as the model, without a LoRA")
+            raise ValueError("this bundle holds merged weights, no LoRAs: load it as the model, without a LoRA")
         return parse_lora(self.transformer), parse_lora(self.vae)
 
 
@@ -81,6 +81,27 @@ def is_bundle(path: Path) -> bool:
         return METADATA_KEY in _header(path)
     except ValueError:
         return False
+
+
+def find_lora(path: Path, target: str) -> Lora:
+    """The LoRA for "transformer" or "vae" from its own file, or from a LoRA bundle.
+
+    Raises:
+        ValueError: as ``lora.load_lora`` and ``read_bundle``.
+    """
+    if not is_bundle(path):
+        return load_lora(path, target)
+    transformer, vae = read_bundle(path).loras()
+    return transformer if target == "transformer" else vae
+
+
+def find_prompt(path: Path) -> PromptEmbeds:
+    """The prompt from its own file or folder, or from a bundle.
+
+    Raises:
+        ValueError: as ``prompt.load_prompt`` and ``read_bundle``.
+    """
+    return read_bundle(path).prompt if path.is_file() and is_bundle(path) else load_prompt(path)
 
 
 def write_bundle(path: Path, bundle: Bundle) -> None:

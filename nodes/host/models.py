@@ -30,9 +30,12 @@ def build_model(bundle: Bundle, **options: Any) -> Any:
     Raises:
         ValueError: where ComfyUI cannot hold it.
     """
-    blocks, heads = (bundle.configs["transformer"][name] for name in ("num_layers", "num_attention_heads"))
+    blocks, heads = (bundle.configs["transformer"].get(name) for name in ("num_layers", "num_attention_heads"))
     if blocks != heads:
-        raise ValueError(f"a transformer of {blocks} blocks with {heads} heads: ComfyUI runs SD3 with as many blocks as heads")
+        raise ValueError(
+            f"a transformer of {blocks} blocks with {heads} heads: ComfyUI takes SD3 to have as many blocks as heads; run this "
+            "bundle with tsdsr upscale"
+        )
     weights = folded.widened(bundle.transformer) if bundle.folded else dict(bundle.transformer)
     if bundle.eight_bit:
         weights = eight_bit.hosted(weights)
@@ -99,7 +102,9 @@ def load_bundle(path: Path, vae_dtype: torch.dtype | None = None) -> tuple[Any, 
     """
     bundle = read_bundle(path)
     if bundle.kind != "merged":
-        raise ValueError("this bundle holds only LoRAs: choose a merged one, or make it with TSD-SR Save Checkpoint")
+        raise ValueError(
+            "this bundle holds only LoRAs: choose it in TSD-SR Load LoRA and TSD-SR Load Prompt instead, or take a merged one"
+        )
     model, vae = build_model(bundle), _bundled_vae(bundle, vae_dtype)
     # newer hosts build a model again from this for a second device, and where dynamic VRAM does not go with a node
     model.cached_patcher_init = (_load_model, (path,))

@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tsdsr_core.bundle import METADATA_KEY, Bundle, is_bundle, read_bundle, read_description, write_bundle
+from tsdsr_core.bundle import METADATA_KEY, Bundle, is_bundle, read_bundle, read_description, vae_weights, write_bundle
 from tsdsr_core.diffusers_models import load_bundle, load_folder, merged_bundle
 from tsdsr_core.lora import load_lora
 from tsdsr_core.prompt import PromptEmbeds, load_prompt
@@ -64,6 +64,37 @@ def test_a_merged_bundle_restores_as_the_folder_it_came_from(merged):
     low, options = photo(30, 20), Options(process_size=0)
     difference = restore(low, again.restorer(), options) - restore(low, model.restorer(), options)
     assert difference.abs().max() <= 1e-5
+
+
+def test_bf16_keeps_a_small_lora_of_the_vae(published, tmp_path):
+    """As trained ones are; rounding the merged weights to bf16 would lose most of it."""
+    prompt, exact = load_prompt(published.embeddings), torch.float32
+    base = load_folder(published.sd3, None, prompt, CPU, exact).vae.state_dict()
+    model = load_folder(published.sd3, loras_of(published), prompt, CPU, exact, vae_strength=0.003)
+    write_bundle(tmp_path / "b.safetensors", merged_bundle(model.transformer, model.vae, prompt, torch.bfloat16, {}, {}))
+    bundle = read_bundle(tmp_path / "b.safetensors")
+    assert {weight.dtype for weight in bundle.transformer.values()} == {torch.bfloat16}
+    stored = load_bundle(bundle, CPU, torch.bfloat16).vae.state_dict()
+    merged = model.vae.state_dict()
+    adapted = [f"{name}.weight" for name in loras_of(published)[1].pairs]
+    change = torch.cat([(merged[name] - base[name]).flatten() for name in adapted])
+
+    def lost(weights):
+        """The share of the LoRA's change that is not in ``weights``."""
+        left = torch.cat([(weights[name].float() - merged[name]).flatten() for name in adapted])
+        return (left.norm() / change.norm()).item()
+
+    assert lost(stored) < 0.1
+    assert lost({name: weight.bfloat16() for name, weight in merged.items()}) > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_vae_beyond_16_bits_is_stored_in_32(dtype):
+    large, small = torch.tensor([65504.0]), torch.tensor([0.1])
+    fitting, beyond = vae_weights({"a": large, "b": small}, dtype), vae_weights({"a": 2 * large, "b": small}, dtype)
+    assert {weight.dtype for weight in fitting.values()} == {torch.float16}
+    assert beyond == {"a": 2 * large, "b": small}
+    assert {weight.dtype for weight in beyond.values()} == {torch.float32}
 
 
 def test_kinds_are_not_mixed_up(merged, lora_bundle):

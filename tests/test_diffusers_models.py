@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
 from tsdsr_core.diffusers_models import DiffusersModel, check_folder, folder_shapes, load_folder
+from tsdsr_core.fold import fold
 from tsdsr_core.lora import load_lora
 from tsdsr_core.prompt import PromptEmbeds, load_prompt
 from tsdsr_core.restore import Options, restore
@@ -70,6 +72,27 @@ def test_a_sampled_posterior_follows_its_seed(published):
     assert (first - other).abs().max() > 1e-3
     with pytest.raises(ValueError, match="'mean'"):
         model.restorer("mean")
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_torch_compiles_the_transformer(folded, published, monkeypatch):
+    """By its own tracer; the graphs then run as they are, since not every machine has a compiler for them."""
+    model, graphs = load(published), []
+    if folded:
+        fold(model.transformer, model.prompt.pooled)
+    z = torch.randn(2, 16, 8, 12)
+    expected = model.velocity(z)
+
+    def take(graph, _):
+        graphs.append([node for node in graph.graph.nodes if node.op.startswith("call")])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=take))
+    model.compile()
+    for _ in range(2):
+        assert (model.velocity(z) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert sum(len(graph) for graph in graphs) > 50, "the blocks went through the tracer"
+    assert model.compiled is not None, "it did not fail"
 
 
 def test_a_compiler_that_fails_is_done_without(published, caplog, monkeypatch):

@@ -6,7 +6,6 @@ untiled. This project's: a merged and folded bundle, tiles in batches, the exact
 
 from __future__ import annotations
 
-import resource
 import sys
 import threading
 import time
@@ -16,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .bundle import read_bundle, write_bundle
 from .device import release_memory
@@ -64,7 +64,7 @@ class Run:
 
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
-    """Above what was held before: allocated on a CUDA device, resident on the CPU; None elsewhere."""
+    """Beyond what was held before: allocated on a CUDA device, resident on the CPU; None elsewhere."""
 
     @property
     def total(self) -> float:
@@ -183,7 +183,8 @@ def _bytes(model: nn.Module) -> int:
 
 def run_once(contender: Contender, side: int, device: torch.device) -> Run:
     """Restore one picture of ``side / SCALE`` pixels to ``side``."""
-    picture = torch.rand(1, 3, side // SCALE, side // SCALE, generator=torch.Generator().manual_seed(0)).to(device)
+    picture = torch.rand(1, 3, side // SCALE, side // SCALE, generator=torch.Generator().manual_seed(0))
+    picture = picture.to(device if contender.own is None else contender.own.place(side, side))
     run = Run()
     ends: dict[str, float] = {}
 
@@ -204,14 +205,19 @@ def run_once(contender: Contender, side: int, device: torch.device) -> Run:
 
 
 def count_flops(contender: Contender, side: int, device: torch.device) -> int:
-    """Floating-point operations of one run, as torch counts them; nothing may be compiled yet.
+    """Floating-point operations of one run: products, convolutions and attention; nothing may be compiled yet.
 
     ``torch.compile`` gives up for good what it first meets under a counter.
     """
     assert contender.own is None or contender.own.compiled is None
-    with FlopCounterMode(display=False) as counter:
+    formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}  # to torch it is free
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run_once(contender, side, device)
     return counter.get_total_flops()
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
@@ -238,7 +244,10 @@ def synchronise(device: torch.device) -> None:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Measure what is allocated on a CUDA device, or resident on the CPU, beyond what it is now; None on other devices."""
+    """Measure the most that is allocated on a CUDA device, or resident on the CPU, beyond what is now; None elsewhere.
+
+    What an earlier run left in the CPU's allocator is resident already, so it is not measured again.
+    """
     release_memory(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -258,10 +267,11 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
 
 
 class _ResidentMemory(threading.Thread):
-    """Looks at the process's resident memory a hundred times a second; 0 where the system does not tell."""
+    """Looks at the process's resident memory a hundred times a second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
+        self.process = psutil.Process()
         self.ended = threading.Event()
         self.before = self.most = self._now()
 
@@ -269,13 +279,8 @@ class _ResidentMemory(threading.Thread):
         while not self.ended.wait(0.01):
             self.most = max(self.most, self._now())
 
-    @staticmethod
-    def _now() -> int:
-        try:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-        except (OSError, ValueError):
-            return 0
-        return pages * resource.getpagesize()
+    def _now(self) -> int:
+        return self.process.memory_info().rss
 
 
 def machine(device: torch.device) -> str:

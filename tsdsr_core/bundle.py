@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -102,6 +103,19 @@ def find_prompt(path: Path) -> PromptEmbeds:
         ValueError: as ``prompt.load_prompt`` and ``read_bundle``.
     """
     return read_bundle(path).prompt if path.is_file() and is_bundle(path) else load_prompt(path)
+
+
+def vae_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """An autoencoder's weights as a bundle in ``dtype`` stores them, all in one type.
+
+    bf16 has too few digits for the encoder LoRA's small change of them, so they are fp16 instead; fp32 where one of them is
+    beyond 16 bits.
+    """
+    narrow = torch.float16 if dtype == torch.bfloat16 else dtype
+    stored = {name: weight.to(narrow) for name, weight in weights.items()}
+    if all(torch.isfinite(weight).all() for weight in stored.values()):
+        return stored
+    return {name: weight.to(torch.float32) for name, weight in weights.items()}
 
 
 def write_bundle(path: Path, bundle: Bundle) -> None:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from . import eight_bit
 from . import lora as lora_module
-from .bundle import BUILTIN, Bundle, read_bundle
+from .bundle import BUILTIN, Bundle, read_bundle, vae_weights
 from .device import free_memory, free_ram, release_memory
 from .flow import TIMESTEP
 from .fold import NoEmbedding, empty
 from .lora import Lora
-from .memory import TileMemory, is_out_of_memory, tile_bytes
+from .memory import TileMemory, fits_beside, is_out_of_memory, tile_bytes
 from .prompt import PromptEmbeds
 from .restore import Model
 from .vae_program import decoder_program, encoder_program
@@ -75,6 +75,10 @@ class DiffusersModel:
     def free_memory(self) -> int | None:
         """Bytes that activations may take on the model's device now; None on the CPU."""
         return free_memory(self.device, self.memory_limit)
+
+    def place(self, height: int, width: int) -> torch.device:
+        """Where a picture is to lie that becomes one of a size in pixels: not on a device of which it would fill much."""
+        return self.device if fits_beside(height, width, self.free_memory()) else torch.device("cpu")
 
     def restorer(self, posterior: str = "mode", seed: int = 0) -> Model:
         """The callables, with the encoder's posterior taken at its ``"mode"`` or as a seeded ``"sample"``."""
@@ -234,7 +238,8 @@ def merged_bundle(
     transformer: Any, vae: Any, prompt: PromptEmbeds, dtype: torch.dtype, defaults: Mapping[str, Any], notes: Mapping[str, str],
     in_8_bits: bool = False,
 ) -> Bundle:  # fmt: skip
-    """A self-contained bundle of a diffusers transformer, folded or not, and autoencoder with weights in ``dtype``.
+    """A self-contained bundle of a diffusers transformer, folded or not, and autoencoder with weights in ``dtype``, the VAE's
+    as ``vae_weights`` gives them.
 
     Args:
         in_8_bits: whether the transformer's are as ``eight_bit.quantise`` gives them.  The VAE's never are: they would lose
@@ -246,8 +251,8 @@ def merged_bundle(
     configs = {name: {k: v for k, v in part.config.items() if not k.startswith("_")} for name, part in parts.items()}
     prompt = prompt.to("cpu", dtype)
     folded = isinstance(transformer.time_text_embed, NoEmbedding)
-    vae_weights = _cast(weights["vae"], dtype)
-    return Bundle("merged", prompt, stored, vae_weights, configs, defaults, notes, folded=folded, eight_bit=in_8_bits)
+    vae_stored = vae_weights(weights["vae"], dtype)
+    return Bundle("merged", prompt, stored, vae_stored, configs, defaults, notes, folded=folded, eight_bit=in_8_bits)
 
 
 def folder_shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:

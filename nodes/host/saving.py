@@ -10,7 +10,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...tsdsr_core.bundle import Bundle
+from ...tsdsr_core.bundle import Bundle, vae_weights
 from ...tsdsr_core.vae_keys import weights_to_diffusers
 from . import folded, running
 from .models import NORM_GROUPS, PREVIEW, defaults_of, from_conditioning, vae_shape
@@ -36,7 +36,9 @@ def merged_weights(patcher: Any, prefix: str, dtype: torch.dtype) -> dict[str, T
 
 
 def to_bundle(model: Any, vae: Any, conditioning: list[Any], dtype: torch.dtype, notes: Mapping[str, str]) -> Bundle:
-    """A self-contained bundle of native objects, their patches merged.
+    """A self-contained bundle of native objects, their patches merged, with weights in ``dtype``.
+
+    The VAE's are as ``vae_weights`` gives them.
 
     Raises:
         ValueError: for several prompts, of which a bundle holds one, and for a quantised model.
@@ -55,9 +57,9 @@ def to_bundle(model: Any, vae: Any, conditioning: list[Any], dtype: torch.dtype,
         if key in native:
             weight = native[key] if offset is None else native[key].narrow(*offset)
             transformer[name] = function[0](weight) if function else weight
-    original = merged_weights(vae.patcher, "", dtype)
+    original = merged_weights(vae.patcher, "", torch.float32)
     shape = vae_shape(original)
-    autoencoder = weights_to_diffusers(original, len(shape["widths"]))
+    autoencoder = vae_weights(weights_to_diffusers(original, len(shape["widths"])), dtype)
     return Bundle(
         kind="merged",
         prompt=from_conditioning(conditioning).to("cpu", dtype),

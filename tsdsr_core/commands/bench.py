@@ -28,7 +28,7 @@ from ..bench import (
     run_once,
     write_files,
 )
-from ..device import choose_device, choose_dtype, release_memory
+from ..device import choose_device, choose_dtype, held_memory, release_memory
 from ..memory import is_out_of_memory
 from .model_options import add_device_arguments, add_memory_argument, limit_memory, memory_limit
 
@@ -118,10 +118,7 @@ def run(options: argparse.Namespace) -> int:
         if not (folder / "ours.safetensors").exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_files(folder, SIZES[options.size], dtype)
-        contenders = _load(folder, device, dtype, options)
-    for found in contenders:
-        if found.own is not None:
-            limit_memory(found.own, limit)
+        contenders = _load(folder, device, dtype, options, limit)
     report: dict[str, Any] = {
         "machine": machine(device), "device": str(device), "dtype": str(dtype), "size": options.size,
         "repeats": options.repeats, "ceiling_flops": ceiling(device, dtype),
@@ -138,12 +135,19 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _load(folder: Path, device: torch.device, dtype: torch.dtype, options: argparse.Namespace) -> list[Contender]:
+def _load(
+    folder: Path, device: torch.device, dtype: torch.dtype, options: argparse.Namespace, limit: int | None
+) -> list[Contender]:  # fmt: skip
+    """The chosen sides; ours is held to ``limit`` bytes, to which the other's weights do not count."""
     found = []
     if options.only != "ours":
         found.append(load_official(folder, device, dtype))
     if options.only != "published":
-        found.append(load_ours(folder, device, dtype, options.prompt_tokens))
+        beside = 0 if limit is None else held_memory(device)
+        ours = load_ours(folder, device, dtype, options.prompt_tokens)
+        if ours.own is not None:
+            limit_memory(ours.own, limit, beside)
+        found.append(ours)
     return found
 
 

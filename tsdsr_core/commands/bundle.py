@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fold", action="store_true", help="with --merge: a third smaller, for this prompt alone")
     parser.add_argument("--eight-bit", action="store_true", help="with --merge: the transformer's matrices in 8 bits")
     add_source_arguments(parser, default_model="")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="number type of the stored tensors")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="type of what is stored; no merged VAE is bf16")
     parser.add_argument("--note", action="append", default=[], metavar="KEY=TEXT", help="text to store, such as license=...")
     parser.add_argument("--existing", choices=("error", "overwrite"), default="error", help="where OUT exists")
 

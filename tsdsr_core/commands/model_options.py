@@ -65,18 +65,23 @@ def memory_limit(options: argparse.Namespace, device: torch.device) -> int | Non
     return int(options.memory * 1e9)
 
 
-def limit_memory(model: DiffusersModel, limit: int | None) -> None:
+def limit_memory(model: DiffusersModel, limit: int | None, beside: int = 0) -> None:
     """Hold ``model`` to ``limit`` bytes of its device.
 
+    Args:
+        beside: bytes on the device that are another model's and do not count.
+
     Raises:
-        ValueError: where what is on the device already leaves nothing for pictures.
+        ValueError: where the weights leave nothing for pictures.
     """
-    if limit is not None and limit <= (held := held_memory(model.device)):
+    if limit is None:
+        return
+    if limit <= (held := held_memory(model.device) - beside):
         raise ValueError(
             f"--memory {limit / 1e9:g}: the weights alone take {held / 1e9:.1f} GB; give more, or take "
             "--dtype fp16 or a folded bundle"
         )
-    model.memory_limit = limit
+    model.memory_limit = limit + beside
 
 
 def load_model(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> DiffusersModel:

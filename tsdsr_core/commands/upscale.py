@@ -26,7 +26,7 @@ from ..diffusers_models import DiffusersModel
 from ..geometry import target_size
 from ..image_io import Picture, check_output, read_picture, write_picture
 from ..jobs import Job, collect, plan_jobs
-from ..memory import fits_beside, is_out_of_memory
+from ..memory import is_out_of_memory
 from ..restore import RECIPES, Options, bicubic, restore, tile_settings
 from ..tile_plan import OVERLAP
 from ..vae_plan import check_tile
@@ -158,8 +158,7 @@ def _upscale_file(job: Job, model: DiffusersModel, chosen: Options, options: arg
             bar.set_description(stage)
 
         with torch.inference_mode():
-            place = model.device if fits_beside(*size, model.free_memory()) else "cpu"
-            rgb = restore(picture.rgb.to(place), model.restorer(options.posterior, options.seed), chosen, progress)
+            rgb = restore(picture.rgb.to(model.place(*size)), model.restorer(options.posterior, options.seed), chosen, progress)
     alpha = None if picture.alpha is None else bicubic(picture.alpha, size)
     result = Picture(rgb.cpu(), alpha, picture.grey, picture.deep, picture.icc, picture.exif)
     write_picture(job.output, result)

@@ -173,7 +173,7 @@ def test_exported_loras_reproduce_the_trainers_validation_picture(published, pho
     assert np.abs(other - whole).max() > 5, "other LoRAs give another picture"
     for strength in ("--lora-strength", "--vae-lora-strength"):
         without = upscaled("--model", published.sd3, "--lora-dir", tmp_path / "loras", strength, "0")
-        assert np.abs(without - whole).max() > 3, f"both LoRAs were trained: {strength}"
+        assert np.abs(without - whole).max() > 5, f"both LoRAs were trained: {strength}"
     assert train("export", tmp_path / "run" / "last.pt", "-o", tmp_path / "lora.safetensors") == 0
     assert np.abs(upscaled("--model", published.sd3, "--lora-dir", tmp_path / "lora.safetensors") - whole).max() <= 1
 
@@ -193,8 +193,8 @@ def test_exports_replace_nothing_unasked_and_come_whole(published, photos, tmp_p
         error = capsys.readouterr().err
         assert message in error
         assert error.endswith("add --existing overwrite\n")
-    torch_file = on_a_full_disk(100, *command, out, "--existing", "overwrite")
-    assert f"error: {out / 'transformer.safetensors'} could not be written" in torch_file
+    line = on_a_full_disk(60_000, *command, out, "--existing", "overwrite")  # the first file fits, the second does not
+    assert f"error: {out / 'vae.safetensors'} could not be written" in line
     assert {path.name: path.read_bytes() for path in out.iterdir()} == dict.fromkeys(names[:3], b"mine")
     assert (tmp_path / "lora.safetensors").read_bytes() == b"mine"
     assert train(*command, out, "--existing", "overwrite") == 0

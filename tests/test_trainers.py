@@ -276,7 +276,7 @@ def test_other_bases_prompts_and_teachers_of_adapters_are_refused(adapted, publi
     for option, other, message in (
         ("base", tmp_path / "sd3", "another transformer than that of --base"),
         ("teacher", tmp_path / "other" / "transformer.safetensors", "another teacher than that of --teacher"),
-        ("embeddings", tmp_path / "p.safetensors", "another prompt than that of --embedding-dir or --base"),
+        ("embeddings", tmp_path / "p.safetensors", "another prompt than that of --base, --embedding-dir or run.seed"),
         ("null", tmp_path / "p.safetensors", "another null prompt than that of --null"),
     ):
         with pytest.raises(ValueError, match=message):

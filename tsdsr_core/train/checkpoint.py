@@ -20,7 +20,7 @@ VERSION = 2
 _FROZEN = {1: "autoencoder", 2: "frozen"}
 """By version, what is known of that which was not trained: the first knew the autoencoder alone."""
 _SOURCES = {
-    "autoencoder": "--base", "transformer": "--base", "teacher": "--teacher", "prompt": "--embedding-dir or --base",
+    "autoencoder": "--base", "transformer": "--base", "teacher": "--teacher", "prompt": "--base, --embedding-dir or run.seed",
     "null prompt": "--null",
 }  # fmt: skip
 """What is frozen, and where a run has it from."""

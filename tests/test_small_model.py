@@ -58,17 +58,23 @@ def test_latents_shift_and_pictures_stay():
     with torch.no_grad():
         vae.quant_conv.bias[:16] += 0.5
 
-    def encode(pixels):
+    def posterior(pixels):
         with torch.no_grad():
-            return vae.encode(pixels).latent_dist.mode()
+            return vae.encode(pixels).latent_dist
+
+    def encode(pixels):
+        return posterior(pixels).mode()
 
     def restore():
         z = encode(pixels * 2 - 1) * factor
         return model.decode((z - model.velocity(z)) / factor)
 
-    before, (mean, std) = restore(), measure(encode)
+    before, (mean, std), spread = restore(), measure(encode), posterior(pixels).std
     assert mean.abs().max() > 0.3
-    small_model.shift_latents(transformer, vae, mean, 1 / (std * factor))
+    gain = 1 / (std * factor)
+    assert (gain - 1).abs().max() > 0.1
+    small_model.shift_latents(transformer, vae, mean, gain)
+    assert torch.allclose(posterior(pixels).std, gain[:, None, None] * spread, rtol=1e-4)
     mean, std = measure(encode)
     assert mean.abs().max() < 1e-4
     assert (std * factor - 1).abs().max() < 1e-4

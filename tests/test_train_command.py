@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from tsdsr_core.bundle import read_bundle
@@ -19,6 +21,7 @@ from tsdsr_core.image_io import Picture, read_picture, write_picture
 from tsdsr_core.lora import load_lora
 from tsdsr_core.restore import bicubic
 from tsdsr_core.sd3 import TRANSFORMER_TARGETS, VAE_TARGETS, model_shapes
+from tsdsr_core.spectrum import grid_peaks, sharpness
 from tsdsr_core.train.build import Sources, build_networks
 from tsdsr_core.train.checkpoint import read_checkpoint
 from tsdsr_core.train.config import read_config
@@ -93,7 +96,9 @@ BUILTIN = ROOT / "tsdsr_core" / "assets" / "builtin.safetensors"
 
 @pytest.mark.parametrize("trained", ["weights", "lora"])
 def test_two_processes_equal_one(trained, photos, tmp_path, published):
-    arguments = ["--photos", photos, "--device", "cpu"]
+    for side in (200, 20):
+        write_picture(tmp_path / "more" / f"{side}.png", Picture(photo(side, side)))
+    arguments = ["--photos", photos, tmp_path / "more", "--device", "cpu"]
     arguments += ["--base", "builtin", "--teacher", BUILTIN] if trained == "weights" else lora_arguments(published)
     settings = [text for text in SMALL if not text.startswith("run.batch")] + ["run.steps=2"]
     settings += LORA if trained == "lora" else []
@@ -104,6 +109,7 @@ def test_two_processes_equal_one(trained, photos, tmp_path, published):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         ended = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
         assert ended.returncode == 0, ended.stderr[-3000:]
+        assert ended.stderr.count("left out of") == 1, "the first process speaks for all"
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     start = weights_before(tmp_path / "one", lora_sources(published) if trained == "lora" else Sources(BUILTIN, BUILTIN))
     assert any("vae" in key for key in start)
@@ -165,8 +171,35 @@ def test_exported_loras_reproduce_the_trainers_validation_picture(published, pho
     assert np.abs(found - whole).max() <= 1
     other = upscaled("--model", published.sd3, "--lora-dir", published.loras, "--embedding-dir", published.embeddings)
     assert np.abs(other - whole).max() > 5, "other LoRAs give another picture"
+    for strength in ("--lora-strength", "--vae-lora-strength"):
+        without = upscaled("--model", published.sd3, "--lora-dir", tmp_path / "loras", strength, "0")
+        assert np.abs(without - whole).max() > 5, f"both LoRAs were trained: {strength}"
     assert train("export", tmp_path / "run" / "last.pt", "-o", tmp_path / "lora.safetensors") == 0
     assert np.abs(upscaled("--model", published.sd3, "--lora-dir", tmp_path / "lora.safetensors") - whole).max() <= 1
+
+
+def test_exports_replace_nothing_unasked_and_come_whole(published, photos, tmp_path, capsys):
+    """What is there already is refused before the work; a full disk leaves all files as they were."""
+    arguments = lora_arguments(published)
+    assert smoke(photos, tmp_path / "run", *arguments, settings=[*LORA, "run.steps=1", "objective.name=supervised"]) == 0
+    command, out = ["export", tmp_path / "run" / "last.pt", "-o"], tmp_path / "loras"
+    names = ["pool_embeds.pt", "prompt_embeds.pt", "transformer.safetensors", "vae.safetensors"]
+    for name in names[:3]:
+        out.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"mine")
+    (tmp_path / "lora.safetensors").write_bytes(b"mine")
+    for target, message in ((out, "(and 2 more) exists already"), (tmp_path / "lora.safetensors", "lora.safetensors exists")):
+        assert train(*command, target) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.endswith("add --existing overwrite\n")
+    line = on_a_full_disk(60_000, *command, out, "--existing", "overwrite")  # the first file fits, the second does not
+    assert f"error: {out / 'vae.safetensors'} could not be written" in line
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == dict.fromkeys(names[:3], b"mine")
+    assert (tmp_path / "lora.safetensors").read_bytes() == b"mine"
+    assert train(*command, out, "--existing", "overwrite") == 0
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert all(path.stat().st_size > 4 for path in out.iterdir())
 
 
 def test_a_teachers_lora_becomes_psi(published, photos, tmp_path):
@@ -199,6 +232,10 @@ def test_validation_tells_figures_and_shows_pictures(photos, tmp_path, capsys):
     scalars = set(log.Tags()["scalars"])
     assert {"loss/latent", "loss/distribution", "loss/fake", "validation/light/psnr_y"} <= scalars
     assert {"validation/light/sharpness", "validation/light/grid_8", "validation/light/grid_16"} <= scalars
+    originals = torch.cat([photo(512, 512, index) for index in range(2)])
+    for name, metric in (("sharpness", sharpness), ("grid_8", partial(grid_peaks, period=8))):
+        (found,) = log.Scalars(f"validation/reference/{name}")
+        assert found.value == pytest.approx(metric(originals).mean().item(), rel=1e-4), "the originals' own, once"
     assert 15 < log.Scalars("validation/light/psnr_y")[0].value < 60
     assert set(log.Tags()["images"]) == {"light/0", "light/1"}
     assert log.Images("light/0")[0].width == 3 * 512
@@ -241,7 +278,7 @@ def test_another_base_is_refused_when_a_run_goes_on_or_is_exported(photos, tmp_p
     assert "steps 1 -> 2" in caplog.text
     assert "another autoencoder than that of --base" in capsys.readouterr().err
     assert train("export", tmp_path / "2" / "last.pt", "--base", "builtin", "-o", tmp_path / "t.safetensors") == 2
-    assert "another autoencoder than that of --base" in capsys.readouterr().err
+    assert "with another autoencoder than that of --base" in capsys.readouterr().err
     assert not (tmp_path / "t.safetensors").exists()
 
 
@@ -264,6 +301,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(photos, tmp_path, capsys):
         ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--set", "objective.wavelet_levels=11"], "expected at most 10"),
         ([CONFIGS / "smoke.toml", "--photos", photos, *to], "needs --base"),
         ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--validation", empty], "expected hq/ and lq-PRESET/"),
+        (
+            [CONFIGS / "smoke.toml", "--photos", photos, *to, "--validation", empty, "--set", "stage=teacher"],
+            "--validation: stage 'teacher' restores nothing",
+        ),
         (["evalset", photos, "--out", tmp_path / "x"], "evaluation needs at least 512x512"),
         ([CONFIGS / "smoke.toml", *to], "--photos and --out are needed"),
         ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--resume"], "no checkpoint that can be read"),
@@ -275,6 +316,22 @@ def test_bad_input_is_one_line_and_nothing_is_written(photos, tmp_path, capsys):
         assert message in error
         assert len(error.splitlines()) == 1, error
         assert not list(tmp_path.glob("x*"))
+
+
+def test_running_out_of_memory_is_one_line_with_advice(photos, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 GiB\nmore")
+
+    monkeypatch.setattr(AutoencoderKL, "encode", full)
+    prepare = ["prepare", photos, "-o", tmp_path / "p", "--base", "builtin", "--crop", "64", "--workers", "0"]
+    for done, advice in (
+        (lambda: smoke(photos, tmp_path / "run", "--base", "builtin", "--teacher", BUILTIN), "try a smaller run.batch"),
+        (lambda: train(*prepare, "--device", "cpu"), "try a smaller --crop"),
+    ):
+        assert done() == 1
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"tsdsr train: error: out of memory; {advice}" in line
+        assert line.endswith("(CUDA out of memory. Tried to allocate 64 GiB)")
 
 
 def on_a_full_disk(size: int, *arguments) -> str:
@@ -298,7 +355,9 @@ def test_a_full_disk_leaves_the_last_good_files(photos, tmp_path):
     good = (tmp_path / "run" / "last.pt").read_bytes()
     arguments = [CONFIGS / "smoke.toml", "--photos", photos, "--out", tmp_path / "run", "--device", "cpu", *base]
     arguments += ["--resume", "--set", *SMALL, "run.steps=2"]
-    assert "could not be written, the one before it stays" in on_a_full_disk(len(good) // 2, *arguments)
+    line = on_a_full_disk(len(good) // 2, *arguments)
+    assert f"{tmp_path / 'run' / 'last.pt'} could not be written" in line
+    assert line.endswith("; the checkpoint before it stays")
     assert (tmp_path / "run" / "last.pt").read_bytes() == good
     out = tmp_path / "out.safetensors"
     line = on_a_full_disk(100_000, "export", tmp_path / "run" / "last.pt", "--base", "builtin", "-o", out)

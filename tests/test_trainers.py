@@ -1,11 +1,13 @@
 """The three trainers and their loop on small random networks; what a person runs is in ``test_train_command``."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import SD3Transformer2DModel
 
 from tsdsr_core.bundle import BUILTIN, read_bundle, write_bundle
 from tsdsr_core.diffusers_models import merged_bundle
@@ -15,6 +17,7 @@ from tsdsr_core.train.batch import Batch
 from tsdsr_core.train.build import Sources, build_networks
 from tsdsr_core.train.checkpoint import read_checkpoint
 from tsdsr_core.train.config import Config, from_dict
+from tsdsr_core.train.export import export
 from tsdsr_core.train.loop import Loop, learning_rate_factor
 from tsdsr_core.train.networks import FAKE, STUDENT, TEACHER
 from tsdsr_core.train.trainers import PretrainTrainer, StudentTrainer, TeacherTrainer
@@ -237,10 +240,67 @@ def test_checkpoints_of_other_models_are_refused(small, adapted, tmp_path):
     train(loop, settings)
     other = make(config("teacher", "lora"), adapted, tmp_path / "other")
     checkpoint = read_checkpoint(tmp_path / "last.pt")
-    with pytest.raises(ValueError, match="on another autoencoder than that of --base"):
+    with pytest.raises(ValueError, match="with another autoencoder than that of --base"):
         other.resume(checkpoint)
     with pytest.raises(ValueError, match="the teacher in the checkpoint is of another model"):
-        other.resume(replace(checkpoint, autoencoder=other.trainer.networks.autoencoder))
+        other.resume(replace(checkpoint, frozen=other.trainer.networks.frozen))
+
+
+def test_other_teachers_than_before_are_refused(small, tmp_path):
+    settings = config("student", run={"steps": 1})
+    train(make(settings, small, tmp_path), settings)
+    checkpoint = read_checkpoint(tmp_path / "last.pt")
+    assert set(checkpoint.frozen) == {"autoencoder", "prompt", "null prompt", "teacher"}
+    with pytest.raises(ValueError, match="with another teacher than that of --teacher: give what the run began with"):
+        make(settings, replace(small, teacher=small.base), tmp_path).resume(checkpoint)
+
+
+def test_other_bases_prompts_and_teachers_of_adapters_are_refused(adapted, published, tmp_path):
+    settings, teaching = config("student", "lora", run={"steps": 1}), config("teacher", "lora", run={"steps": 1})
+    for name, seed in (("psi", 0), ("other", 1)):
+        loop = make(replace(teaching, run=replace(teaching.run, seed=seed)), adapted, tmp_path / name)
+        train(loop, loop.config)
+        export(read_checkpoint(tmp_path / name / "last.pt"), tmp_path / name, None, {})
+    sources = replace(adapted, teacher=tmp_path / "psi" / "transformer.safetensors")
+    train(make(settings, sources, tmp_path), settings)
+    checkpoint = read_checkpoint(tmp_path / "last.pt")
+    rounded = replace(settings, run=replace(settings.run, precision="bf16"))
+    make(rounded, sources, tmp_path).resume(checkpoint)  # the same base in fewer digits
+    shutil.copytree(published.sd3, tmp_path / "sd3")
+    transformer = SD3Transformer2DModel.from_pretrained(published.sd3 / "transformer")
+    with torch.no_grad():
+        transformer.norm_out.linear.bias[0] += 0.1
+    transformer.save_pretrained(tmp_path / "sd3" / "transformer")
+    prompt = load_prompt(adapted.embeddings)
+    save_prompt(tmp_path / "p.safetensors", PromptEmbeds(prompt.tokens, prompt.pooled + 0.1))
+    for option, other, message in (
+        ("base", tmp_path / "sd3", "another transformer than that of --base"),
+        ("teacher", tmp_path / "other" / "transformer.safetensors", "another teacher than that of --teacher"),
+        ("embeddings", tmp_path / "p.safetensors", "another prompt than that of --base, --embedding-dir or run.seed"),
+        ("null", tmp_path / "p.safetensors", "another null prompt than that of --null"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(settings, replace(sources, **{option: other}), tmp_path).resume(checkpoint)
+
+
+def test_older_checkpoints_are_read_or_refused_by_name(small, tmp_path):
+    settings, path = config("teacher", run={"steps": 1}), tmp_path / "last.pt"
+    loop = make(settings, small, tmp_path)
+    train(loop, settings)
+    values = torch.load(path, weights_only=True)
+    own = values.pop("frozen")
+    torch.save({**values, "version": 1, "autoencoder": own["autoencoder"]}, path)
+    loop.resume(read_checkpoint(path))
+    torch.save({**values, "version": 1, "autoencoder": "another"}, path)
+    with pytest.raises(ValueError, match="with another autoencoder"):
+        loop.resume(read_checkpoint(path))
+    for broken, message in (
+        ({**values, "version": 1}, "lacks autoencoder: it is damaged or of an earlier"), (values, "lacks frozen: it is"),
+        ({**values, "version": 3}, "of version 3, this program reads up to 2"), ([1], "no checkpoint of this trainer"),
+    ):  # fmt: skip
+        torch.save(broken, path)
+        with pytest.raises(ValueError, match=message):
+            read_checkpoint(path)
 
 
 def test_settings_of_the_optimiser_hold_after_resuming(small, tmp_path):
@@ -296,8 +356,15 @@ def test_embeddings_of_another_model_are_refused(adapted, tmp_path):
 
 
 def test_a_teacher_on_another_autoencoder_is_refused(small, tmp_path):
-    transformer, vae, prompt = small_model.build(1, 2)
-    torch.nn.init.normal_(vae.encoder.conv_out.weight)
-    write_bundle(tmp_path / "other.safetensors", merged_bundle(transformer, vae, prompt, torch.float32, {}, {}))
+    """However near; a base in fp32 and its teacher, exported in fp16, have the same one."""
+    transformer, vae, prompt = small_model.build(0, 2)
+    torch.nn.init.normal_(vae.encoder.mid_block.resnets[0].conv2.weight, std=0.01)
+    for change, name in ((0, "base"), (0, "same"), (1e-3, "other")):
+        with torch.no_grad():
+            vae.decoder.conv_out.bias += change
+        dtype = torch.float32 if name == "base" else torch.float16
+        write_bundle(tmp_path / f"{name}.safetensors", merged_bundle(transformer, vae, prompt, dtype, {}, {}))
+    base = tmp_path / "base.safetensors"
+    build_networks(config("student"), Sources(base, tmp_path / "same.safetensors"), CPU)
     with pytest.raises(ValueError, match="was trained on another autoencoder"):
-        build_networks(config("student"), Sources(small.base, tmp_path / "other.safetensors"), CPU)
+        build_networks(config("student"), Sources(base, tmp_path / "other.safetensors"), CPU)

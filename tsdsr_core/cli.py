@@ -1,6 +1,7 @@
 """The command ``tsdsr``: its subcommands and what their outcome means to a shell.
 
-Exit codes: 0 done, 1 some input failed or a training broke down, 2 the command cannot be carried out as given, 130 interrupted.
+Exit codes: 0 done, 1 some input failed, memory ran out or a training broke down, 2 the command cannot be carried out as
+given, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -57,3 +58,11 @@ def _run(arguments: list[str]) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"tsdsr {options.command}: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
+    except (RuntimeError, MemoryError) as error:
+        from .memory import is_out_of_memory  # here, where torch is loaded already
+
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+            raise
+        advice, said = getattr(options, "advice", "try another --device, or close programs"), str(error).partition("\n")[0]
+        print(f"tsdsr {options.command}: error: out of memory; {advice} ({said or type(error).__name__})", file=sys.stderr)
+        return 1

@@ -85,11 +85,17 @@ def plan_jobs(inputs: Inputs, output: Path, existing: str) -> list[Job]:
         if result in taken:
             raise ValueError(f"{taken[result]} and {path} would both be written to {result}: run them apart")
         taken[result] = path
-    there = [result for result in outputs if result.exists()]
-    if there and existing == "error":
-        more = f" (and {len(there) - 1} more)" if len(there) > 1 else ""
-        raise ValueError(f"{there[0]}{more} exists already: add --existing overwrite or --existing skip")
+    check_existing(outputs, existing, ("overwrite", "skip"))
     return [
         Job(path, result, skip=existing == "skip" and result.exists())
         for path, result in zip(inputs.paths, outputs, strict=True)
     ]
+
+
+def check_existing(outputs: Sequence[Path], existing: str, choices: Sequence[str] = ("overwrite",)) -> None:
+    """Raise ``ValueError`` where results are there already and ``existing`` is "error"; ``choices`` are what else it can be."""
+    there = [path for path in outputs if path.exists()]
+    if there and existing == "error":
+        more = f" (and {len(there) - 1} more)" if len(there) > 1 else ""
+        advice = " or ".join(f"--existing {choice}" for choice in choices)
+        raise ValueError(f"{there[0]}{more} exists already: add {advice}")

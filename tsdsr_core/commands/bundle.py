@@ -11,6 +11,7 @@ from ..bundle import Bundle, write_bundle
 from ..device import DTYPES
 from ..diffusers_models import merged_bundle
 from ..fold import NoEmbedding, fold
+from ..jobs import check_existing
 from .model_options import add_source_arguments, has_strengths, load_model, load_official
 
 
@@ -30,8 +31,7 @@ def run(options: argparse.Namespace) -> int:
     """Run ``tsdsr bundle``; returns the exit code."""
     if options.output.suffix != ".safetensors":
         raise ValueError(f"-o {options.output}: a bundle is a .safetensors file")
-    if options.output.exists() and options.existing == "error":
-        raise ValueError(f"{options.output} exists already: add --existing overwrite")
+    check_existing([options.output], options.existing)
     dtype = DTYPES[options.dtype]
     notes = _notes(options.note)
     if options.fold and not options.merge:

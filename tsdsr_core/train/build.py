@@ -19,7 +19,7 @@ from ..prompt import PromptEmbeds, load_prompt
 from ..sd3 import TRANSFORMER_TARGETS, VAE_TARGETS
 from . import small_model
 from .config import Config
-from .networks import FAKE, STUDENT, TEACHER, Condition, Networks, set_parameters
+from .networks import FAKE, STUDENT, TEACHER, Condition, Networks, fingerprint, set_parameters
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,8 @@ def _freeze_idle_attention(vae: Any) -> None:
 
 
 def _check_teacher(teacher: DiffusersModel, base: DiffusersModel, path: Path) -> None:
-    expected, found = base.vae.state_dict(), teacher.vae.state_dict()
-    same = expected.keys() == found.keys() and all(torch.allclose(found[k], expected[k], atol=1e-3) for k in expected)
-    if not same:
+    expected, found = (fingerprint(model.vae, torch.float16) for model in (base, teacher))  # fp16 is what export writes
+    if found != expected:
         raise ValueError(f"--teacher {path} was trained on another autoencoder than that of --base: train it on this base")
 
 

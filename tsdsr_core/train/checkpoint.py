@@ -12,11 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import atomic_path
+from ..files import torch_writer, write_files
 from .config import Config, from_dict
 
 FILE = "last.pt"
-VERSION = 1
+VERSION = 2
+_FROZEN = {1: "autoencoder", 2: "frozen"}
+"""By version, what is known of that which was not trained: the first knew the autoencoder alone."""
+_SOURCES = {
+    "autoencoder": "--base", "transformer": "--base", "teacher": "--teacher", "prompt": "--base, --embedding-dir or run.seed",
+    "null prompt": "--null",
+}  # fmt: skip
+"""What is frozen, and where a run has it from."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ class Checkpoint:
     """``tokens`` and ``pooled`` that the student was trained with."""
     samples: int
     """Seen so far, over all processes."""
-    autoencoder: str
-    """Fingerprint of the one that was not trained (``Networks.autoencoder``)."""
+    frozen: Mapping[str, str]
+    """Fingerprints of what was not trained (``Networks.frozen``)."""
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -48,13 +55,12 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     values = {
         "version": VERSION, "config": json.dumps(asdict(checkpoint.config)), "step": checkpoint.step,
         "weights": checkpoint.weights, "average": checkpoint.average, "optimisers": checkpoint.optimisers,
-        "prompt": checkpoint.prompt, "samples": checkpoint.samples, "autoencoder": checkpoint.autoencoder,
+        "prompt": checkpoint.prompt, "samples": checkpoint.samples, "frozen": dict(checkpoint.frozen),
     }  # fmt: skip
     try:
-        with atomic_path(path) as temporary:
-            torch.save(values, temporary)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise OSError(f"the checkpoint {path} could not be written, the one before it stays: {error}") from error
+        write_files({path: torch_writer(values)})
+    except OSError as error:
+        raise OSError(f"{error}; the checkpoint before it stays") from error
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -67,16 +73,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is no checkpoint that can be read: {error}") from error
-    if not isinstance(values, dict) or not {"version", "config", "step", "weights"} <= set(values):
+    if not isinstance(values, dict) or not {"version", "config"} <= set(values):
         raise ValueError(f"{path} is no checkpoint of this trainer")
-    if values["version"] != VERSION:
-        raise ValueError(f"{path} is a checkpoint of version {values['version']}, this program reads {VERSION}")
+    if values["version"] not in _FROZEN:
+        raise ValueError(f"{path} is a checkpoint of version {values['version']}, this program reads up to {VERSION}")
+    frozen = _FROZEN[values["version"]]
+    names = ("step", "weights", "average", "optimisers", "prompt", "samples")
+    missing = [name for name in (*names, frozen) if name not in values]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it is damaged or of an earlier program; begin a new run")
+    known = {frozen: values[frozen]} if values["version"] == 1 else values[frozen]
     config = from_dict(json.loads(values["config"]))
-    names = ("step", "weights", "average", "optimisers", "prompt", "samples", "autoencoder")
-    return Checkpoint(config, **{name: values[name] for name in names})
+    return Checkpoint(config, **{name: values[name] for name in names}, frozen=known)
 
 
-def check_autoencoder(checkpoint: Checkpoint, found: str) -> None:
-    """Raise ``ValueError`` where a checkpoint was trained on another autoencoder than the ``found`` one."""
-    if checkpoint.autoencoder != found:
-        raise ValueError("the checkpoint was trained on another autoencoder than that of --base: give what the run began with")
+def check_frozen(checkpoint: Checkpoint, found: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` where a checkpoint was trained beside others than the ``found`` ones; unknown ones pass."""
+    for name, value in found.items():
+        if checkpoint.frozen.get(name, value) != value:
+            raise ValueError(
+                f"the checkpoint was trained with another {name} than that of {_SOURCES[name]}: give what the run began with"
+            )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -33,14 +34,21 @@ from .export import export
 from .loader import batch_numbers, loader
 from .loop import Loop
 from .perceptual import check_distance
+from .sources import colour_pictures
 from .trainers import PretrainTrainer, StudentTrainer, TeacherTrainer, Trainer
-from .validation import load_pairs, validate
+from .validation import Pair, load_pairs, references, validate
 
 log = logging.getLogger(__name__)
 
 TRAINERS = {"pretrain": PretrainTrainer, "teacher": TeacherTrainer, "student": StudentTrainer}
 """By stage."""
 _SUBCOMMANDS = ("prepare", "evalset", "export")
+_TRAIN_ADVICE = (
+    "try a smaller run.batch, with run.accumulate, or data.crop, run.precision=bf16 or model.gradient_checkpointing=true; "
+    "--dry-run counts what a step of SD3 medium takes"
+)
+_ADVICE = {"prepare": "try a smaller --crop, or --device cpu", "evalset": "try smaller photographs", "export": "close programs"}
+"""Where memory runs out, of the subcommands."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run ``tsdsr train``; returns the exit code."""
     logging.getLogger("tsdsr_core").setLevel(logging.INFO)
+    if os.environ.get("RANK", "0") != "0":  # what every process would say alike, the first says
+        for module in (__name__, colour_pictures.__module__):
+            logging.getLogger(module).setLevel(logging.ERROR)
+    options.advice = _ADVICE.get(options.what, _TRAIN_ADVICE)
     name = options.what if options.what in _SUBCOMMANDS else "CONFIG.toml"
     parser = argparse.ArgumentParser(prog=f"tsdsr train {name}", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     if name == "prepare":
@@ -91,7 +103,7 @@ def _train(options: argparse.Namespace) -> None:
     if config.stage == "student":
         check_distance(config.objective.perceptual)
     source = _source(config, options.photos)
-    pairs = load_pairs(options.validation) if options.validation else []
+    pairs = _validation(config, options.validation)
     accelerator = _accelerator(config, options)
     sources = Sources(options.base, options.teacher, options.embedding_dir, options.null)
     networks = build_networks(config, sources, accelerator.device)
@@ -111,8 +123,19 @@ def _train(options: argparse.Namespace) -> None:
 
     options.out.mkdir(parents=True, exist_ok=True)
     accelerator.init_trackers("tsdsr")
+    if accelerator.is_main_process and pairs:
+        accelerator.log({f"validation/reference/{name}": value for name, value in references(pairs).items()}, loop.step)
     loop.run(_batches(config, source, accelerator, loop.seen), prompt, check)
     accelerator.end_training()
+
+
+def _validation(config: Config, folder: Path | None) -> list[Pair]:
+    """What the run is judged by; nothing without a folder."""
+    if folder is None:
+        return []
+    if config.stage == "teacher":
+        raise ValueError("--validation: stage 'teacher' restores nothing that could be judged; leave it out")
+    return load_pairs(folder)
 
 
 def _checkpoint(config: Config, options: argparse.Namespace) -> Checkpoint | None:
@@ -209,10 +232,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the LoRA pair, or a .safetensors bundle")
     parser.add_argument("--base", type=bundle_path, help="small models: what the run began with, or builtin")
     parser.add_argument("--license", default="Apache-2.0", help="to note in a bundle")
+    parser.add_argument("--existing", choices=("error", "overwrite"), default="error", help="where there are such files")
 
 
 def _export(options: argparse.Namespace) -> None:
-    export(read_checkpoint(options.checkpoint), options.output, options.base, {"license": options.license})
+    notes = {"license": options.license}
+    export(read_checkpoint(options.checkpoint), options.output, options.base, notes, options.existing)
     print(options.output)
 
 

@@ -2,6 +2,16 @@
 
 Everything random comes from the generator handed in, and how much is drawn never hangs on pixel values, so a seed gives
 the same picture, up to rounding, on every machine.  Images are float tensors ``(3, H, W)`` in 0..1 on the CPU.
+
+The preset "realesrgan" has the numbers of the published option file.  What is done with them departs from the published
+program, so that its models and those trained here have not seen quite the same inputs:
+
+- the picture is degraded, and is the target, as it is; the published program sharpens both by unsharp masking first;
+- bilinear and bicubic resizes average over what they shrink; the published ones read 2x2 or 4x4 pixels, so that fine
+  detail aliases;
+- grey Poisson noise is that of the mean of the channels; the published one is that of the luma;
+- filters and resizes end in 0..1; the published ones may overshoot up to the next noise or JPEG;
+- JPEG is a real encoder's, of a whole quality; the published one computes the same losses in tensors, of any quality.
 """
 
 from __future__ import annotations

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..bundle import Bundle, write_bundle
 from ..diffusers_models import merged_bundle
-from ..files import atomic_path, write_tensors
+from ..files import safetensors_writer, torch_writer, write_files
+from ..jobs import check_existing
 from ..lora import TRANSFORMER_FILE, VAE_FILE
 from ..prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds
 from .build import Sources, build_networks
-from .checkpoint import Checkpoint, check_autoencoder
+from .checkpoint import Checkpoint, check_frozen
 from .config import Config
 from .networks import STUDENT, TEACHER, set_parameters
 from .preview import fit_preview, measure
@@ -24,16 +25,18 @@ from .small_model import shift_latents
 CPU = torch.device("cpu")
 
 
-def export(checkpoint: Checkpoint, out: Path, base: Path | None, notes: Mapping[str, str]) -> None:
-    """Write the averaged weights of a checkpoint.
+def export(checkpoint: Checkpoint, out: Path, base: Path | None, notes: Mapping[str, str], existing: str = "error") -> None:
+    """Write the averaged weights of a checkpoint, all files or none.
 
     Args:
         out: with adapters a folder for the official files, or a ``.safetensors`` bundle of the LoRAs; with a small model's own
             weights a ``.safetensors`` bundle with everything.
         base: what the run began with; adapters need none.
+        existing: "error" or "overwrite" where a file to write is there already.
 
     Raises:
-        ValueError: for an ``out`` of the wrong kind, or a base that does not fit.
+        ValueError: for an ``out`` of the wrong kind, files that are there already, or a base that does not fit.
+        OSError: where a file cannot be written; those that were there before stay.
     """
     notes = {
         "stage": checkpoint.config.stage,
@@ -42,29 +45,39 @@ def export(checkpoint: Checkpoint, out: Path, base: Path | None, notes: Mapping[
         **notes,
     }
     is_file = out.suffix == ".safetensors"
-    if checkpoint.config.model.trained == "lora":
-        _write_adapters(checkpoint, out, notes if is_file else None)
-    elif not is_file:
-        raise ValueError(f"-o {out}: a small model is exported as one .safetensors file")
-    else:
-        write_bundle(out, _small_bundle(checkpoint, base, notes))
-
-
-def _write_adapters(checkpoint: Checkpoint, out: Path, notes: Mapping[str, str] | None) -> None:
-    """The official files in a folder, or with ``notes`` one LoRA bundle."""
-    parts = adapter_files(checkpoint.average)
-    prompt = PromptEmbeds(checkpoint.prompt["tokens"], checkpoint.prompt["pooled"])
-    if notes is not None:
-        if not parts["vae"]:
-            raise ValueError("a teacher has no encoder LoRA for a bundle: export it into a folder")
-        write_bundle(out, Bundle("lora", prompt, parts["transformer"], parts["vae"], notes=notes))
+    adapters = checkpoint.config.model.trained == "lora"
+    if adapters and not is_file:
+        _write_adapters(checkpoint, out, existing)
         return
-    for part, file in (("transformer", TRANSFORMER_FILE), ("vae", VAE_FILE)):
-        if parts[part]:
-            write_tensors(out / file, {f"transformer.{key}": value for key, value in parts[part].items()})
+    if not is_file:
+        raise ValueError(f"-o {out}: a small model is exported as one .safetensors file")
+    check_existing([out], existing)
+    write_bundle(out, _lora_bundle(checkpoint, notes) if adapters else _small_bundle(checkpoint, base, notes))
+
+
+def _write_adapters(checkpoint: Checkpoint, folder: Path, existing: str) -> None:
+    """The official files."""
+    parts, prompt = adapter_files(checkpoint.average), _prompt(checkpoint)
+    writers = {
+        folder / file: safetensors_writer({f"transformer.{key}": value for key, value in parts[part].items()})
+        for part, file in (("transformer", TRANSFORMER_FILE), ("vae", VAE_FILE))
+        if parts[part]
+    }
     for tensor, file in ((prompt.tokens, TOKENS_FILE), (prompt.pooled, POOLED_FILE)):
-        with atomic_path(out / file) as temporary:
-            torch.save(tensor.clone(), temporary)
+        writers[folder / file] = torch_writer(tensor.clone())
+    check_existing(list(writers), existing)
+    write_files(writers)
+
+
+def _lora_bundle(checkpoint: Checkpoint, notes: Mapping[str, str]) -> Bundle:
+    parts = adapter_files(checkpoint.average)
+    if not parts["vae"]:
+        raise ValueError("a teacher has no encoder LoRA for a bundle: export it into a folder")
+    return Bundle("lora", _prompt(checkpoint), parts["transformer"], parts["vae"], notes=notes)
+
+
+def _prompt(checkpoint: Checkpoint) -> PromptEmbeds:
+    return PromptEmbeds(checkpoint.prompt["tokens"], checkpoint.prompt["pooled"])
 
 
 def adapter_files(average: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -82,7 +95,7 @@ def _small_bundle(checkpoint: Checkpoint, base: Path | None, notes: Mapping[str,
     config = checkpoint.config
     plain = replace(config, objective=replace(config.objective, name="supervised"))  # a student alone needs no teacher
     networks = build_networks(plain, Sources(base), CPU)
-    check_autoencoder(checkpoint, networks.autoencoder)
+    check_frozen(checkpoint, {"autoencoder": networks.autoencoder})
     role = TEACHER if config.stage == "teacher" else STUDENT
     set_parameters(networks.parameters(role), checkpoint.average, "the checkpoint (give what the run began with as --base)")
     transformer, vae = networks.transformers[role], networks.student_vae
@@ -94,8 +107,7 @@ def _small_bundle(checkpoint: Checkpoint, base: Path | None, notes: Mapping[str,
     if config.stage == "pretrain":  # the next stage is a diffusion model, which wants mean 0 and variance 1
         mean, std = measure(encode)
         shift_latents(transformer, vae, mean, 1 / (std * networks.scaling_factor))
-    prompt = PromptEmbeds(checkpoint.prompt["tokens"], checkpoint.prompt["pooled"])
-    bundle = merged_bundle(transformer, vae, prompt, torch.float16, _defaults(config), notes)
+    bundle = merged_bundle(transformer, vae, _prompt(checkpoint), torch.float16, _defaults(config), notes)
     return replace(bundle, preview=fit_preview(encode))
 
 

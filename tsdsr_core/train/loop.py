@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .batch import Batch
-from .checkpoint import FILE, Checkpoint, check_autoencoder, write_checkpoint
+from .checkpoint import FILE, Checkpoint, check_frozen, write_checkpoint
 from .config import Config, Optimiser
 from .networks import set_parameters
 from .trainers import Trainer
@@ -46,9 +46,9 @@ class Loop:
         """Go on where a checkpoint stopped.
 
         Raises:
-            ValueError: where it is of another model.
+            ValueError: where it is of another model, or was trained beside another one.
         """
-        check_autoencoder(checkpoint, self.trainer.networks.autoencoder)
+        check_frozen(checkpoint, self.trainer.networks.frozen)
         for name, group in self.trainer.groups.items():
             set_parameters(group.parameters, checkpoint.weights.get(name, {}), f"the {name} in the checkpoint")
             own = self.optimisers[name].state_dict()["param_groups"]  # the averages are restored, the settings are the run's
@@ -152,8 +152,8 @@ class Loop:
             for name, group in self.trainer.groups.items()
         }
         states: dict[str, Any] = {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}
-        autoencoder = self.trainer.networks.autoencoder
-        return Checkpoint(self.config, self.step, weights, self.average, states, prompt, self.seen, autoencoder)
+        frozen = self.trainer.networks.frozen
+        return Checkpoint(self.config, self.step, weights, self.average, states, prompt, self.seen, frozen)
 
 
 def learning_rate_factor(settings: Optimiser, step: int, steps: int) -> float:

@@ -120,6 +120,22 @@ class Networks:
             return ""
         return fingerprint(self.vae)
 
+    @cached_property
+    def frozen(self) -> dict[str, str]:
+        """Fingerprints, by name, of what is not trained and must be the same where a run goes on.
+
+        Precision may change in between: bases that are read in 16 bits are compared in 16.
+        """
+        found = {"autoencoder": self.autoencoder, "prompt": _digest(vars(self.prompt))}
+        if self.adapters:
+            found["transformer"] = fingerprint(self.transformers[STUDENT], torch.bfloat16)
+        if any(role in self.transformers and self.parameters(role) for role in (TEACHER, FAKE)):
+            found["null prompt"] = _digest(vars(self.null))
+        if FAKE in self.transformers and self.parameters(FAKE):
+            psi = self.transformers[TEACHER]
+            found["teacher"] = _digest(self.parameters(TEACHER)) if self.adapters else fingerprint(psi)
+        return found
+
     def _switch(self, model: Any, role: str | None) -> None:
         """Make one adapter of a diffusers model the active one; where it has none of that name, the plain base runs."""
         known = getattr(model, "peft_config", {})
@@ -134,13 +150,19 @@ class Networks:
         self._active[id(model)] = role
 
 
-def fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits that tell a model's weights in fp32, its adapters left out, from any others."""
+def fingerprint(model: nn.Module, dtype: torch.dtype = torch.float32) -> str:
+    """16 hexadecimal digits that tell a model's weights in ``dtype``, its adapters left out, from any others."""
     weights = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items() if ".lora_" not in name}
+    return _digest(weights, dtype)
+
+
+def _digest(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> str:
     digest = hashlib.sha256()
-    for name in sorted(weights):
+    for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(weights[name].float().cpu().contiguous().numpy())
+        digest.update(
+            tensors[name].detach().to("cpu", dtype).flatten().view(torch.uint8).numpy().tobytes()
+        )  # numpy knows no bf16
     return digest.hexdigest()[:16]
 
 

@@ -78,12 +78,13 @@ def shift_latents(transformer: Any, vae: Any, mean: Tensor, gain: Tensor) -> Non
     """Change what a latent ``z`` of the autoencoder is to ``gain * (z - mean)``; pictures stay the same up to rounding.
 
     Args:
-        mean, gain: ``(C,)``, for each latent channel; of unscaled latents.
+        mean, gain: ``(C,)``, for each latent channel; of unscaled latents; gains above 0.
     """
     channels = len(mean)
     quant, post_quant, patches, out = vae.quant_conv, vae.post_quant_conv, transformer.pos_embed.proj, transformer.proj_out
     quant.weight[:channels] *= gain[:, None, None, None]
     quant.bias[:channels] = gain * (quant.bias[:channels] - mean)
+    quant.bias[channels:] += 2 * gain.log()  # log-variances: samples of the posterior scale with its means
     post_quant.bias += post_quant.weight[:, :, 0, 0] @ mean
     post_quant.weight /= gain[:, None, None]
     patches.bias += patches.weight.sum((2, 3)) @ (mean * vae.config["scaling_factor"])

@@ -72,11 +72,21 @@ def validate(
         if result is None:
             return {}
         result = match_colour(result, low, "wavelet", wavelet_levels).clamp(0, 1).float().cpu()
-        found = {"psnr_y": psnr_y(result, pair.high), "ssim_y": ssim_y(result, pair.high), "sharpness": sharpness(result)}
-        found |= {f"grid_{period}": grid_peaks(result, period) for period in PERIODS}
+        found = {"psnr_y": psnr_y(result, pair.high), "ssim_y": ssim_y(result, pair.high), **_spectral(result)}
         for name, value in found.items():
             figures.setdefault(f"{pair.preset}/{name}", []).append(float(value))
         shown[pair.preset] = shown.get(pair.preset, 0) + 1
         if shown[pair.preset] <= SHOWN:
             show(f"{pair.preset}/{pair.name}", torch.cat((pair.low, result, pair.high), 3)[0])
     return {name: mean(values) for name, values in figures.items()}
+
+
+def references(pairs: list[Pair]) -> Mapping[str, float]:
+    """Mean sharpness and grids of the originals themselves: what those figures of results are to come near."""
+    originals = {pair.name: pair.high for pair in pairs}  # once, however many presets show them
+    figures = [_spectral(high) for high in originals.values()]
+    return {name: mean([float(found[name]) for found in figures]) for name in figures[0]}
+
+
+def _spectral(image: Tensor) -> dict[str, Tensor]:
+    return {"sharpness": sharpness(image), **{f"grid_{period}": grid_peaks(image, period) for period in PERIODS}}

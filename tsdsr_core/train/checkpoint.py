@@ -17,8 +17,6 @@ from .config import Config, from_dict
 
 FILE = "last.pt"
 VERSION = 2
-_FROZEN = {1: "autoencoder", 2: "frozen"}
-"""By version, what is known of that which was not trained: the first knew the autoencoder alone."""
 _SOURCES = {
     "autoencoder": "--base", "transformer": "--base", "teacher": "--teacher", "prompt": "--base, --embedding-dir or run.seed",
     "null prompt": "--null",
@@ -75,16 +73,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"{path} is no checkpoint that can be read: {error}") from error
     if not isinstance(values, dict) or not {"version", "config"} <= set(values):
         raise ValueError(f"{path} is no checkpoint of this trainer")
-    if values["version"] not in _FROZEN:
-        raise ValueError(f"{path} is a checkpoint of version {values['version']}, this program reads up to {VERSION}")
-    frozen = _FROZEN[values["version"]]
-    names = ("step", "weights", "average", "optimisers", "prompt", "samples")
-    missing = [name for name in (*names, frozen) if name not in values]
+    if values["version"] != VERSION:
+        raise ValueError(f"{path} is a checkpoint of version {values['version']}, this program reads {VERSION}")
+    names = ("step", "weights", "average", "optimisers", "prompt", "samples", "frozen")
+    missing = [name for name in names if name not in values]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: it is damaged or of an earlier program; begin a new run")
-    known = {frozen: values[frozen]} if values["version"] == 1 else values[frozen]
-    config = from_dict(json.loads(values["config"]))
-    return Checkpoint(config, **{name: values[name] for name in names}, frozen=known)
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it is damaged; begin a new run")
+    return Checkpoint(from_dict(json.loads(values["config"])), **{name: values[name] for name in names})
 
 
 def check_frozen(checkpoint: Checkpoint, found: Mapping[str, str]) -> None:

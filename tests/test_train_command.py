@@ -70,6 +70,7 @@ def test_the_whole_chain_of_a_small_model_ends_in_a_restorer(photos, tmp_path):
     assert train("export", tmp_path / "3" / "last.pt", *base, "-o", tmp_path / "student.safetensors") == 0
     bundles = [read_bundle(tmp_path / f"{name}.safetensors") for name in ("base", "teacher", "student")]
     assert [bundle.notes["stage"] for bundle in bundles] == ["pretrain", "teacher", "student"]
+    assert [bundle.notes.get("objective") for bundle in bundles] == [None, None, "tsd+dasm"]
     decoders = [{k: v for k, v in bundle.vae.items() if k.startswith("decoder")} for bundle in bundles]
     assert all(torch.equal(decoders[2][key], decoders[0][key]) for key in decoders[0]), "the decoder is not trained"
     assert any(not torch.equal(bundles[2].vae[key], bundles[0].vae[key]) for key in bundles[0].vae), "the encoder is"

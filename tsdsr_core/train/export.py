@@ -38,14 +38,12 @@ def export(checkpoint: Checkpoint, out: Path, base: Path | None, notes: Mapping[
         ValueError: for an ``out`` of the wrong kind, files that are there already, or a base that does not fit.
         OSError: where a file cannot be written; those that were there before stay.
     """
-    notes = {
-        "stage": checkpoint.config.stage,
-        "objective": checkpoint.config.objective.name,
-        "steps": str(checkpoint.step),
-        **notes,
-    }
+    config = checkpoint.config
+    notes = {"stage": config.stage, "steps": str(checkpoint.step), **notes}
+    if config.stage == "student":
+        notes["objective"] = config.objective.name
     is_file = out.suffix == ".safetensors"
-    adapters = checkpoint.config.model.trained == "lora"
+    adapters = config.model.trained == "lora"
     if adapters and not is_file:
         _write_adapters(checkpoint, out, existing)
         return

@@ -6,9 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..tsdsr_core.bundle import BUILTIN, find_lora, find_prompt
+from ..tsdsr_core.bundle import BUILTIN, find_lora
 from ..tsdsr_core.lora import TRANSFORMER_FILE, VAE_FILE
-from ..tsdsr_core.prompt import POOLED_FILE, TOKENS_FILE
+from ..tsdsr_core.prompt import POOLED_FILE, TOKENS_FILE, load_prompt
 from . import inputs
 from .host import files, loras, models
 from .host.schema import field, schema
@@ -109,7 +109,7 @@ class LoadPrompt(io.ComfyNode):
     @classmethod
     def execute(cls, prompt: str, prompt_tokens: int = 0) -> io.NodeOutput:
         path = files.find(_PROMPTS, prompt)
-        embeds = find_prompt(path.parent if path.suffix == ".pt" else path)
+        embeds = load_prompt(path.parent if path.suffix == ".pt" else path)
         return io.NodeOutput(models.to_conditioning(embeds.pruned(prompt_tokens) if prompt_tokens else embeds))
 
 

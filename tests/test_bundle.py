@@ -42,6 +42,7 @@ def test_a_lora_bundle_gives_its_loras_back(lora_bundle, published, tmp_path):
     again = read_bundle(tmp_path / "b.safetensors")
     assert (again.kind, again.notes) == ("lora", {"a": "b"})
     assert torch.equal(again.prompt.tokens, published.tokens)
+    assert torch.equal(load_prompt(tmp_path / "b.safetensors").tokens, published.tokens)
     for found, original in zip(again.loras(), loras_of(published), strict=True):
         assert found.target == original.target
         assert found.pairs.keys() == original.pairs.keys()

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsdsr_core.bundle import find_lora, find_prompt, read_bundle
+from tsdsr_core.bundle import find_lora, read_bundle
 from tsdsr_core.cli import main
 from tsdsr_core.diffusers_models import load_bundle, load_folder
 from tsdsr_core.image_io import read_picture
+from tsdsr_core.prompt import load_prompt
 from tsdsr_core.restore import Options, restore
 
 from . import host as host_module
@@ -56,9 +57,9 @@ def test_exported_loras_run_as_two_files_and_as_a_bundle(host, sd3, tmp_path):
     export(checkpoint, tmp_path / "pair")
     shutil.copytree(tmp_path / "pair", models / "loras" / "trained")
     loras = find_lora(bundle, "transformer"), find_lora(bundle, "vae")
-    model = load_folder(sd3.folder, loras, find_prompt(bundle), CPU, torch.float32)
+    model = load_folder(sd3.folder, loras, load_prompt(bundle), CPU, torch.float32)
     expected = in_core(host, model)
-    plain = in_core(host, load_folder(sd3.folder, None, find_prompt(bundle), CPU, torch.float32))
+    plain = in_core(host, load_folder(sd3.folder, None, load_prompt(bundle), CPU, torch.float32))
     assert (expected - plain).abs().max() > 8 / 255, "the LoRAs change something"
     for files in (["trained.safetensors"] * 2, ["trained/transformer.safetensors", "trained/vae.safetensors"]):
         graph = Graph()

@@ -26,7 +26,7 @@ from torch import Tensor
 from . import eight_bit
 from .files import write_tensors
 from .lora import Lora, load_lora, parse_lora
-from .prompt import POOLED_KEY, TOKENS_KEY, PromptEmbeds, load_prompt
+from .prompt import POOLED_KEY, TOKENS_KEY, PromptEmbeds
 
 BUILTIN = Path(__file__).parent / "assets" / "builtin.safetensors"
 """The small model that ships with the package."""
@@ -94,15 +94,6 @@ def find_lora(path: Path, target: str) -> Lora:
         return load_lora(path, target)
     transformer, vae = read_bundle(path).loras()
     return transformer if target == "transformer" else vae
-
-
-def find_prompt(path: Path) -> PromptEmbeds:
-    """The prompt from its own file or folder, or from a bundle.
-
-    Raises:
-        ValueError: as ``prompt.load_prompt`` and ``read_bundle``.
-    """
-    return read_bundle(path).prompt if path.is_file() and is_bundle(path) else load_prompt(path)
 
 
 def vae_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .files import write_tensors
@@ -59,8 +58,8 @@ class PromptEmbeds:
 def load_prompt(path: Path) -> PromptEmbeds:
     """Read the official folder (``prompt_embeds.pt`` and ``pool_embeds.pt``) or one safetensors file.
 
-    A safetensors file has the keys ``prompt_embeds`` and ``pooled_prompt_embeds``.  The ``.pt`` files are read without
-    executing anything (``weights_only``).
+    A safetensors file has the keys ``prompt_embeds`` and ``pooled_prompt_embeds``, and may have more, as bundles do.  The
+    ``.pt`` files are read without executing anything (``weights_only``).
 
     Raises:
         ValueError: for a missing, damaged or foreign file, naming it.
@@ -70,12 +69,14 @@ def load_prompt(path: Path) -> PromptEmbeds:
     if not path.is_file():
         raise ValueError(f"no prompt embeddings at {path}: expected a folder with {TOKENS_FILE} and {POOLED_FILE}")
     try:
-        values = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+            if not {TOKENS_KEY, POOLED_KEY} <= keys:
+                raise ValueError(f"{path} has the keys {sorted(keys)[:5]}: expected {TOKENS_KEY} and {POOLED_KEY}")
+            tokens, pooled = file.get_tensor(TOKENS_KEY), file.get_tensor(POOLED_KEY)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-    if set(values) != {TOKENS_KEY, POOLED_KEY}:
-        raise ValueError(f"{path} has the keys {sorted(values)[:5]}: expected {TOKENS_KEY} and {POOLED_KEY}")
-    return PromptEmbeds(_batched(values[TOKENS_KEY], 3), _batched(values[POOLED_KEY], 2))
+    return PromptEmbeds(_batched(tokens, 3), _batched(pooled, 2))
 
 
 def save_prompt(path: Path, prompt: PromptEmbeds) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tsdsr_core.bundle import BUILTIN
+from tsdsr_core.bundle import BUILTIN, read_bundle, write_bundle
 from tsdsr_core.diffusers_models import load_builtin
 from tsdsr_core.train import small_model, synthetic
 from tsdsr_core.train.batch import Batch
@@ -127,6 +127,30 @@ def test_the_idle_attention_stays_idle(trainer):
         attention = half.mid_block.attentions[0]
         assert not attention.to_out[0].weight.any()
         assert all(parameter.grad is None for parameter in attention.parameters())
+
+
+def test_the_idle_attention_costs_nothing_and_changes_nothing():
+    pixels, plain = photo(64, 64, 7), load_builtin(CPU, torch.float32).vae
+    for stage in ("pretrain", "teacher", "student"):
+        vae = build_networks(
+            replace(CONFIG, stage=stage, objective=replace(CONFIG.objective, name="supervised")), Sources(BUILTIN), CPU
+        ).student_vae
+        with torch.no_grad():
+            expected = plain.encode(pixels).latent_dist.mode()
+            vae.encoder.mid_block.attentions[0].to_q.weight.fill_(torch.nan)  # seen only if the attention ran
+            assert torch.equal(vae.encode(pixels).latent_dist.mode(), expected)
+
+
+def test_a_live_attention_runs(tmp_path):
+    bundle = read_bundle(BUILTIN)
+    weights = {**bundle.vae, "encoder.mid_block.attentions.0.to_out.0.bias": torch.arange(64.0)}
+    write_bundle(tmp_path / "live.safetensors", replace(bundle, vae=weights))
+    pixels = photo(64, 64, 7)
+    idle, live = (
+        build_networks(replace(CONFIG, stage="teacher"), Sources(base), CPU).encode(pixels, student=False)
+        for base in (BUILTIN, tmp_path / "live.safetensors")
+    )
+    assert (idle - live).abs().max() > 1e-3
 
 
 def test_the_teacher_of_a_small_model_is_its_transformer_alone():

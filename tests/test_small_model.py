@@ -121,6 +121,17 @@ def test_reconstruction_and_restoration_share_a_batch():
     assert found[1.0] < 0.3 * found[0.0]
 
 
+def test_bf16_trains_the_autoencoder_in_16_bit_too_and_takes_the_loss_in_32(trainer):
+    trainer.networks.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    seen = []
+    trainer.networks.vae.decoder.conv_out.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    losses = trainer.accumulate(pairs(2), 0, lambda loss: loss.backward())
+    assert seen == [torch.bfloat16]
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    trainer.restore(pairs(1).low)
+    assert seen[1:] == [torch.float32], "what is validated runs as it will for people"
+
+
 def test_the_idle_attention_stays_idle(trainer):
     trainer.accumulate(pairs(2), 0, lambda loss: loss.backward())
     for half in (trainer.networks.vae.encoder, trainer.networks.vae.decoder):

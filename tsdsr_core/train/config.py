@@ -130,6 +130,7 @@ class Run:
     accumulate: int = 1
     """Batches for each step."""
     precision: str = "fp32"
+    """bf16: of the transformers, and in stage "pretrain" of the autoencoder too."""
     ema_decay: float = 0.999
     """Of the averaged weights that are exported; 0 exports the last ones."""
     save_every: int = 500

@@ -60,7 +60,7 @@ class Networks:
         self.prompt, self.null, self.adapters = prompt, null, adapters
         self.scaling_factor = float(vae.config["scaling_factor"])
         self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
-        """Mixed precision of the transformers; the autoencoder, whose adapter changes little, and the losses stay in fp32."""
+        """Mixed precision of the transformers; losses stay in fp32, and so does an autoencoder whose adapter changes little."""
         self._active: dict[int, str | None] = {}
         """The adapter that each model runs with, by ``id``."""
 

@@ -157,7 +157,8 @@ class PretrainTrainer:
         self._shift_positions(batch.seed, step)
         kept = batch.chosen(self.settings.reconstruction_share, "reconstruction")[:, None, None, None]
         source = torch.where(kept, batch.high, batch.low)
-        output = self._restore(source, (~kept).to(source))
+        with self.networks.autocast():
+            output = self._restore(source, (~kept).to(source)).float()
         fixed = wavelet(output, source, self.settings.wavelet_levels)
         raw = (output - batch.high).abs().mean()
         loss = (fixed - batch.high).abs().mean()

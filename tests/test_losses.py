@@ -6,10 +6,12 @@ import torch
 from tsdsr_core.flow import schedule
 from tsdsr_core.train import dasm
 from tsdsr_core.train.losses import (
+    cut,
     distribution_gradient,
     flow_matching,
     guided,
     logit_normal,
+    put_back,
     surrogate,
     target_score_distillation,
 )
@@ -43,6 +45,41 @@ def test_the_surrogate_has_the_gradient_it_is_given():
     gradient = torch.randn(2, 3, 4, 4)
     surrogate(z, gradient).backward()
     assert torch.allclose(z.grad, gradient / z.numel(), atol=1e-7)
+
+
+PLACES = torch.cartesian_prod(torch.arange(2), torch.arange(2))
+
+
+def test_what_is_cut_goes_back_to_its_place():
+    z, other = torch.randn(4, 3, 6, 8), torch.randn(4, 3, 4, 6)
+    back = put_back(cut(z, PLACES, 2), PLACES, 2)
+    assert back.shape == z.shape
+    for index, (top, left) in enumerate(PLACES.tolist()):
+        inner = (index, slice(None), slice(top, top + 4), slice(left, left + 6))
+        assert torch.equal(back[inner], z[inner])
+        back[inner] = 0
+    assert not back.any()
+    adjoint = (put_back(other, PLACES, 2) * z).sum()
+    assert torch.allclose(adjoint, (cut(z, PLACES, 2) * other).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_grid_of_patches_leaves_no_trace_where_they_are_shifted():
+    """Networks that are wrong in the first column of each patch of two."""
+    pattern = torch.tensor([1.0, 0.0]).repeat(4)
+
+    def wrong(z, sigma):
+        return pattern[: z.shape[3]].expand_as(z)
+
+    def right(z, sigma):
+        return torch.zeros_like(z)
+
+    z = torch.zeros(4, 1, 8, 8)
+    given = torch.full((4,), 400), LEVELS, ONE, wrong, right, 1.0
+    fixed = distribution_gradient(z, z, z, *given).mean(0)[0, 4]
+    assert fixed[3:5].diff().abs() > 0.5 * fixed.max()
+    inner = (cut(latent, PLACES, 2) for latent in (z, z, z))
+    mean = put_back(distribution_gradient(*inner, *given), PLACES, 2).mean(0)[0, 4]
+    assert mean[3] == mean[4] == pytest.approx(float(fixed.mean()))
 
 
 def test_a_trajectory_by_hand():

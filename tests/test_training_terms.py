@@ -42,6 +42,10 @@ class Recording(nn.Module):
         self.told.append((self.role, pooled_projections[:, 0].tolist(), timestep.tolist()))
         return (self.factor * pooled_projections[:, :, None, None] * hidden_states,)
 
+    @property
+    def config(self):
+        return {"patch_size": 2}
+
 
 class Halving(nn.Module):
     """An autoencoder that halves the sides; its scaling factor is not 1."""
@@ -86,6 +90,22 @@ def config(**tables) -> Config:
 def batch(count: int = 2, **more) -> Batch:
     high = photo(16, 16, 1, count)
     return Batch((high + high.roll(1, 3)) / 2, high, range(count), 0, **more)
+
+
+def test_shifted_patches_are_scored_each_at_its_own_place(networks):
+    """These networks work cell by cell, so that a shift leaves out a rim and changes nothing else."""
+    samples = batch(8)
+    assert len({tuple(place) for place in samples.shifts(2).tolist()}) > 2
+    z, z_hat = (torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    fixed, shifted = (
+        StudentTrainer(networks, config(objective={"shifted_patches": on}))._distribution_gradient(z_hat, z, samples)
+        for on in (False, True)
+    )
+    for index, (top, left) in enumerate(samples.shifts(2).tolist()):
+        inner = (index, slice(None), slice(top, top + 6), slice(left, left + 6))
+        assert torch.allclose(shifted[inner], fixed[inner], atol=1e-6)
+        shifted[inner] = 0
+    assert not shifted.any()
 
 
 def ignore(loss: torch.Tensor) -> None:

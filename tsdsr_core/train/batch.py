@@ -54,6 +54,11 @@ class Batch:
 
         return torch.tensor([trajectory.start(lambda n, k=number: draw(k, n)) for number in self.numbers]).to(self.high.device)
 
+    def shifts(self, patch: int) -> Tensor:
+        """A place in a grid of patches for each sample, ``(B, 2)`` int64: rows and columns from 0 to ``patch - 1``."""
+        drawn = [torch.randint(patch, (2,), generator=self._generator(number, "shift")) for number in self.numbers]
+        return torch.stack(drawn)
+
     def chosen(self, probability: float, stream: str) -> Tensor:
         """True with ``probability``, for each sample, ``(B,)``."""
         drawn = [torch.rand((), generator=self._generator(number, stream)) for number in self.numbers]

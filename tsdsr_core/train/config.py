@@ -71,6 +71,8 @@ class Objective:
     guidance: float = 7.5
     distribution_weight: float = 1.0
     """Of VSD or TSD."""
+    shifted_patches: bool = False
+    """Score latents at random places of the transformer's grid of patches, so that the grid leaves no trace; not published."""
     latent_weight: float = 1.0
     pixel_weight: float = 0.0
     """Of the L1 distance in pixels."""

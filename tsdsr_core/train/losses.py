@@ -69,6 +69,26 @@ def distribution_gradient(
     return gradient
 
 
+def cut(latent: Tensor, shifts: Tensor, patch: int) -> Tensor:
+    """``(B, C, h, w)`` without ``patch`` of its rows and columns, each sample from its own place on.
+
+    A transformer's errors repeat with its patches.  Scored at random places of that grid, they average out over the steps
+    instead of teaching the student a grid of its own.
+
+    Args:
+        shifts: ``(B, 2)`` int64, first row and column of each sample, 0 to ``patch - 1``.
+    """
+    height, width = (side - patch for side in latent.shape[2:])
+    pairs = zip(latent, shifts.tolist(), strict=True)
+    return torch.stack([part[:, top : top + height, left : left + width] for part, (top, left) in pairs])
+
+
+def put_back(gradient: Tensor, shifts: Tensor, patch: int) -> Tensor:
+    """What was ``cut`` at its place again, with zeros around it."""
+    pairs = zip(gradient, shifts.tolist(), strict=True)
+    return torch.stack([F.pad(part, (left, patch - left, top, patch - top)) for part, (top, left) in pairs])
+
+
 def surrogate(z_hat: Tensor, gradient: Tensor) -> Tensor:
     """``0.5 mse(z_hat, sg(z_hat - gradient))``: its gradient with respect to ``z_hat`` is ``gradient / z_hat.numel()``."""
     return 0.5 * F.mse_loss(z_hat.float(), (z_hat - gradient).detach().float())

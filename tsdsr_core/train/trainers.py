@@ -137,10 +137,19 @@ class StudentTrainer:
 
             return losses.guided(run, objective.guidance)
 
-        return losses.distribution_gradient(
-            z_hat, z, batch.noise(z, "distribution"), batch.starts(self.trajectory), self.schedule, self.trajectory,
-            denoiser(TEACHER), denoiser(FAKE), objective.vsd_part(),
-        )  # fmt: skip
+        def gradient(z_hat: Tensor, z: Tensor, noise: Tensor) -> Tensor:
+            return losses.distribution_gradient(
+                z_hat, z, noise, batch.starts(self.trajectory), self.schedule, self.trajectory,
+                denoiser(TEACHER), denoiser(FAKE), objective.vsd_part(),
+            )  # fmt: skip
+
+        noise = batch.noise(z, "distribution")
+        if not objective.shifted_patches:
+            return gradient(z_hat, z, noise)
+        patch = int(self.networks.transformers[TEACHER].config["patch_size"])
+        shifts = batch.shifts(patch)
+        inner = (losses.cut(latent, shifts, patch) for latent in (z_hat, z, noise))
+        return losses.put_back(gradient(*inner), shifts, patch)
 
 
 class PretrainTrainer:

@@ -14,6 +14,7 @@ from tsdsr_core.train.losses import (
     put_back,
     surrogate,
     target_score_distillation,
+    with_the_score_of,
 )
 
 LEVELS = schedule()
@@ -181,7 +182,7 @@ def gaussian(mean: float, spread: float):
     return velocity
 
 
-def distance_after(vsd_share: float, phi, trajectory, steps: int = 400) -> float:
+def distance_after(vsd_share: float, phi, trajectory, steps: int = 400, as_scores: bool = False) -> float:
     """Distance of the student's mean from the target after training; ``phi(mean, spread)`` is asked in each step."""
     draw = torch.Generator().manual_seed(0)
     shape = (256, 1, 1, 1)
@@ -193,12 +194,36 @@ def distance_after(vsd_share: float, phi, trajectory, steps: int = 400) -> float
         noise = torch.randn(shape, generator=draw)
         starts = torch.randint(trajectory.starts[0], trajectory.starts[1] + 1, shape[:1], generator=draw)
         gradient = distribution_gradient(
-            z_hat, z, noise, starts, LEVELS, trajectory, gaussian(TARGET, SPREAD), phi(mean.item(), SPREAD), vsd_share
-        )
+            z_hat, z, noise, starts, LEVELS, trajectory, gaussian(TARGET, SPREAD), phi(mean.item(), SPREAD), vsd_share,
+            as_scores,
+        )  # fmt: skip
         optimiser.zero_grad()
         surrogate(z_hat, gradient).backward()
         optimiser.step()
     return abs(mean.item() - TARGET)
+
+
+def test_velocities_of_one_score():
+    """The score of a Gaussian at level s is ``-(z_t - (1 - s) mean) / ((1 - s)^2 spread^2 + s^2)``."""
+    sigma = torch.tensor([0.1, 0.5, 0.9])
+    z_t, other = torch.randn(2, 3, 1, 1, 1).unbind()
+    s = sigma[:, None, None, None]
+    found = with_the_score_of(gaussian(TARGET, SPREAD)(z_t, sigma), z_t, other, sigma)
+    expected = -(z_t - (1 - s) * TARGET) / ((1 - s) ** 2 * SPREAD**2 + s**2)
+    assert torch.allclose(-(other + (1 - s) * found) / s, expected, rtol=1e-4)
+
+
+def test_little_noise_drives_away_by_velocities_and_not_by_scores():
+    """A teacher of widely spread latents, which sees them well through little noise; phi says the same, so TSM is alone."""
+    trajectory, wide = dasm.plan(4, 20, 0.3, 850, 980), gaussian(TARGET, 3.0)
+    z = TARGET + 3 * torch.randn(64, 1, 1, 1)
+    z_hat, noise, starts = z + 0.5, torch.randn(64, 1, 1, 1), torch.randint(850, 920, (64,))
+    by_velocities, by_scores = (
+        distribution_gradient(z_hat, z, noise, starts, LEVELS, trajectory, wide, wide, 0.7, as_scores).mean()
+        for as_scores in (False, True)
+    )
+    assert by_velocities < -0.005, "a step against it leads further up"
+    assert 0 < by_scores < -0.2 * by_velocities, "the teacher finds both places likely and hardly cares"
 
 
 def untrained(mean: float, spread: float):
@@ -221,6 +246,7 @@ def test_with_a_lora_model_that_follows_vsd_and_tsd_reach_the_target(trajectory)
 def test_tsd_moves_where_vsd_has_nothing_to_say(trajectory):
     assert distance_after(1.0, untrained, trajectory) == abs(START - TARGET), "VSD: no gradient at all"
     assert distance_after(0.7, untrained, trajectory) < 0.02
+    assert distance_after(0.7, untrained, trajectory, as_scores=True) < 0.02
 
 
 @pytest.mark.parametrize("trajectory", [ONE, FOUR], ids=["one level", "four levels"])

@@ -159,17 +159,20 @@ def test_prepared_latents_are_scaled_as_encoded_ones(networks):
     assert torch.equal(latent_of(batch(latent=2 * prepared), networks), 2 * latent_of(batch(latent=prepared), networks))
 
 
-def test_the_distribution_gradient_by_hand(networks):
+@pytest.mark.parametrize("as_scores", [False, True])
+def test_the_distribution_gradient_by_hand(networks, as_scores):
     """Guidance leads from the null prompt to the caption, alike for psi and phi."""
     weight, share = 2.5, 0.7
-    trainer = StudentTrainer(networks, config(objective={"guidance": weight, "vsd_share": share}))
+    objective = {"guidance": weight, "vsd_share": share, "as_scores": as_scores}
+    trainer = StudentTrainer(networks, config(objective=objective))
     samples = batch(caption=condition(CAPTION, 2))
     z, z_hat = latent_of(samples, networks), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     sigma = schedule()[samples.starts(trainer.trajectory)][:, None, None, None]
     noise = samples.noise(z, "distribution")
     psi, phi = (FACTORS[role] * (NULL + weight * (CAPTION - NULL)) for role in (TEACHER, FAKE))
     hat, real = add_noise(z_hat, noise, sigma), add_noise(z, noise, sigma)
-    expected = sigma**2 * (share * (psi - phi) * hat + (1 - share) * psi * (hat - real))
+    target_score = psi * (hat - real) + (z_hat - z if as_scores else 0)
+    expected = sigma**2 * (share * (psi - phi) * hat + (1 - share) * target_score)
     assert torch.allclose(trainer._distribution_gradient(z_hat, z, samples), expected, atol=1e-5)
 
 

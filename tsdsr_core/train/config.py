@@ -71,6 +71,8 @@ class Objective:
     guidance: float = 7.5
     distribution_weight: float = 1.0
     """Of VSD or TSD."""
+    as_scores: bool = False
+    """Target score matching compares scores, not velocities (``losses.with_the_score_of``); not published."""
     shifted_patches: bool = False
     """Score latents at random places of the transformer's grid of patches, so that the grid leaves no trace; not published."""
     latent_weight: float = 1.0

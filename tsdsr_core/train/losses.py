@@ -45,7 +45,7 @@ def target_score_distillation(psi_hat: Tensor, phi_hat: Tensor, psi: Tensor, sig
 @torch.no_grad()
 def distribution_gradient(
     z_hat: Tensor, z: Tensor, noise: Tensor, starts: Tensor, levels: Tensor, trajectory: Trajectory, psi: Denoiser,
-    phi: Denoiser, vsd_share: float,
+    phi: Denoiser, vsd_share: float, as_scores: bool = False,
 ) -> Tensor:  # fmt: skip
     """Gradient with respect to ``z_hat``, summed along a trajectory (DASM; one level is plain TSD).
 
@@ -54,6 +54,7 @@ def distribution_gradient(
     Args:
         starts: ``(B,)`` int64, where each sample starts in ``levels``.
         levels: noise levels, falling, ``(n,)``.
+        as_scores: match the teacher's scores (``with_the_score_of``); the paper's residual is of velocities.
     """
     sigma = levels[starts]
     path_hat, path = (add_noise(latent, noise, per_sample(sigma)) for latent in (z_hat, z))
@@ -61,12 +62,23 @@ def distribution_gradient(
     following = (*trajectory.offsets[1:], None)
     for weight, offset in zip(trajectory.weights, following, strict=True):
         psi_hat, psi_real, phi_hat = psi(path_hat, sigma), psi(path, sigma), phi(path_hat, sigma)  # psi's adapter once
-        gradient += weight * target_score_distillation(psi_hat, phi_hat, psi_real, sigma, vsd_share)
+        target = with_the_score_of(psi_real, path, path_hat, sigma) if as_scores else psi_real
+        gradient += weight * target_score_distillation(psi_hat, phi_hat, target, sigma, vsd_share)
         if offset is not None:
             lower = levels[starts + offset]
             step = per_sample(lower - sigma)
             path_hat, path, sigma = path_hat + step * phi_hat, path + step * psi_real, lower
     return gradient
+
+
+def with_the_score_of(velocity: Tensor, z_t: Tensor, other: Tensor, sigma: Tensor) -> Tensor:
+    """The velocity at ``other`` of which the score is that of ``velocity`` at ``z_t``.
+
+    The score is ``-E[e] / s`` (Song et al. 2021) and ``e = z_t + (1 - s) v``.  Velocities at two places differ even where the
+    scores are one: a teacher that sees every detail through little noise gives ``v_psi(z_hat_t) - v_psi(z_t) = z - z_hat``,
+    which drives the student away from the photograph.
+    """
+    return velocity - (other - z_t) / (1 - per_sample(sigma))
 
 
 def cut(latent: Tensor, shifts: Tensor, patch: int) -> Tensor:

@@ -140,7 +140,7 @@ class StudentTrainer:
         def gradient(z_hat: Tensor, z: Tensor, noise: Tensor) -> Tensor:
             return losses.distribution_gradient(
                 z_hat, z, noise, batch.starts(self.trajectory), self.schedule, self.trajectory,
-                denoiser(TEACHER), denoiser(FAKE), objective.vsd_part(),
+                denoiser(TEACHER), denoiser(FAKE), objective.vsd_part(), objective.as_scores,
             )  # fmt: skip
 
         noise = batch.noise(z, "distribution")

@@ -31,6 +31,7 @@ from tsdsr_core.train.config import Config, from_dict, read_config
         ("[objective]\nname = 'gan'", "objective.name = 'gan': expected one of supervised, vsd, tsd"),
         ("[objective]\ntrajectory_steps = 30", "a trajectory of 30 steps, 50 indices apart, does not fit"),
         ("[objective]\nlast_index = 1000", "objective.last_index = 1000: expected less than 1000"),
+        ("[objective]\nas_scores = true\nfirst_index = 0", "objective.first_index = 0: expected at least 1 with as_scores"),
         ("[model]\nlayers = 1", "model.layers = 1: expected at least 2"),
         ("stage = 'pretrain'", "set model.trained = 'weights'"),
         ("steps =", "no TOML file that can be read"),

@@ -266,6 +266,9 @@ def _check(config: Config) -> None:
         raise ValueError(f"model.layers = {config.model.layers}: expected at least 2, since the last block is of another form")
     if config.objective.last_index >= SCHEDULE_STEPS:
         raise ValueError(f"objective.last_index = {config.objective.last_index}: expected less than {SCHEDULE_STEPS}")
+    first = config.objective.first_index
+    if config.objective.as_scores and first < 1:
+        raise ValueError(f"objective.first_index = {first}: expected at least 1 with as_scores, since level 0 is noise alone")
     config.objective.trajectory()
 
 

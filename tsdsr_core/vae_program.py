@@ -202,7 +202,7 @@ def _attention(name: str, attention: Any, layout: _Layout, patched: bool) -> lis
         return []
     _check(name, attention, [part.partition(".")[0] for part in layout.projections])
     norm, query, key, value, out = (_child(attention, name, part) for part in layout.projections)
-    if not patched and _is_zero(out):
+    if not patched and is_zero(out):
         return []
     norm = _norm(f"{name}.{layout.projections[0]}", norm)
     for part, module in zip(layout.projections[1:], (query, key, value, out), strict=True):
@@ -233,7 +233,7 @@ def _norm(name: str, module: Any) -> nn.GroupNorm:
     return module
 
 
-def _is_zero(module: nn.Module) -> bool:
+def is_zero(module: nn.Module) -> bool:
     """Whether a projection always gives 0; not where a host adds patches to its weights or has not loaded them yet."""
     if getattr(module, "weight_function", ()) or getattr(module, "bias_function", ()):
         return False

@@ -17,6 +17,7 @@ from ..diffusers_models import DiffusersModel, load_bundle, load_part
 from ..lora import Lora, load_lora
 from ..prompt import PromptEmbeds, load_prompt
 from ..sd3 import TRANSFORMER_TARGETS, VAE_TARGETS
+from ..vae_program import is_zero
 from . import small_model
 from .config import Config
 from .networks import FAKE, STUDENT, TEACHER, Condition, Networks, fingerprint, set_parameters
@@ -117,7 +118,7 @@ def _skip_idle_attention(vae: Any) -> None:
     """Spare the time of attentions whose output is zero: a seventh of a training step."""
     for half in (vae.encoder, vae.decoder):
         for attention in half.mid_block.attentions:
-            if not any(parameter.any() for parameter in attention.to_out.parameters()):
+            if is_zero(attention.to_out[0]):
                 attention.set_processor(_Idle())
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from tsdsr_core.bundle import BUILTIN, read_bundle, write_bundle
 from tsdsr_core.diffusers_models import load_builtin
@@ -18,7 +19,8 @@ from tsdsr_core.train.trainers import PretrainTrainer
 from .tiny import photo
 
 CPU = torch.device("cpu")
-CONFIG = from_dict({"stage": "pretrain", "model": {"trained": "weights", "layers": 2}, "data": {"crop": 32}})
+MODEL = {"trained": "weights", "layers": 2, "layers_per_block": 1}
+CONFIG = from_dict({"stage": "pretrain", "model": MODEL, "data": {"crop": 32}})
 
 
 @pytest.fixture
@@ -82,10 +84,71 @@ def test_latents_shift_and_pictures_stay():
     assert (restore() - before).abs().max() < 1e-4
 
 
+def test_deeper_is_the_same_until_it_is_trained():
+    plain, pixels = load_builtin(CPU, torch.float32).vae, photo(64, 64, 7)
+    own = plain.config["layers_per_block"]
+    deeper = small_model.deepened(plain, own + 2)
+    assert len(deeper.decoder.up_blocks[0].resnets) == own + 3
+    assert small_model.deepened(plain, own) is plain
+    with torch.no_grad():
+        latent = plain.encode(pixels).latent_dist.mode()
+        assert torch.equal(deeper.encode(pixels).latent_dist.mode(), latent)
+        assert torch.equal(deeper.decode(latent).sample, plain.decode(latent).sample)
+
+
+def live_blocks(vae) -> dict[str, list[int]]:
+    """Of each level, from the lowest resolution up."""
+    levels = {"encoder": reversed(vae.encoder.down_blocks), "decoder": vae.decoder.up_blocks}
+    return {half: [sum(bool(b.conv1.weight.any()) for b in level.resnets) for level in found] for half, found in levels.items()}
+
+
+@pytest.mark.parametrize(("layers", "decoder"), [(0, [1, 1, 1]), (1, [2, 2, 1]), (4, [5, 2, 1])])
+def test_blocks_live_where_they_are_cheap(layers, decoder):
+    built = small_model.build(0, 2, layers)[1]
+    assert live_blocks(built) == {"encoder": [layers, 0, 0], "decoder": decoder}
+
+
+def test_what_lives_survives_deepening():
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**small_model.VAE_CONFIG, layers_per_block=2)
+    assert live_blocks(small_model.deepened(vae, 4)) == {"encoder": [4, 2, 2], "decoder": [5, 3, 3]}
+
+
+def test_live_blocks_learn_and_dead_ones_stay(trainer):
+    vae, parameters = trainer.networks.vae, trainer.groups[STUDENT].parameters
+    optimiser = torch.optim.AdamW(list(parameters.values()), 1e-3)
+    for _ in range(2):  # the first step reaches no further than the second convolutions
+        trainer.accumulate(pairs(2), 0, lambda loss: loss.backward())
+        optimiser.step()
+    live, dead = vae.decoder.up_blocks[0].resnets[1], vae.encoder.down_blocks[0].resnets[0]
+    assert all(conv.weight.grad.any() for conv in (live.conv1, live.conv2))
+    assert not any(name.startswith("vae.encoder.down_blocks.0.resnets.0.") for name in parameters)
+    assert not any(conv.weight.any() for conv in (dead.conv1, dead.conv2))
+    with torch.no_grad():
+        dead.conv1.weight.fill_(torch.nan)  # seen only if the block ran
+    assert trainer.restore(photo(32, 32)).isfinite().all()
+
+
+def test_the_distance_of_latents_is_in_parts_of_their_variance(trainer):
+    """By hand, and blind to how large latents are and how the share that is only encoded fares."""
+    batch = pairs(3)
+    encode = trainer.networks.vae.encode
+    with torch.no_grad():
+        target, low = (encode(pixels * 2 - 1).latent_dist.mode() for pixels in (batch.high, batch.low))  # velocity is 0
+        by_hand = ((low - target).square().mean((0, 2, 3)) / target.var((0, 2, 3))).mean()
+    for share, expected in ((0.0, by_hand), (1.0, torch.tensor(0.0))):
+        settings = replace(CONFIG.pretrain, latent_weight=0.5, reconstruction_share=share)
+        trainer.settings = settings
+        found = trainer.accumulate(batch, 0, lambda loss: None)
+        assert torch.allclose(found["latent"], 0.5 * expected, rtol=1e-4)
+    trainer.settings = replace(CONFIG.pretrain, latent_weight=0.0)
+    assert "latent" not in trainer.accumulate(batch, 0, lambda loss: None)
+
+
 @pytest.mark.parametrize("layers", [2, 3])
 def test_comfyui_can_tell_the_number_of_blocks(layers):
     """It divides the width by 64."""
-    transformer, _, _ = small_model.build(0, layers)
+    transformer, _, _ = small_model.build(0, layers, 0)
     assert len(transformer.transformer_blocks) == layers == transformer.pos_embed.proj.out_channels // 64
 
 
@@ -180,6 +243,6 @@ def test_synthetic_pictures_are_varied_and_reproducible():
 
 
 def test_the_start_is_a_function_of_the_seed():
-    first, second, third = (small_model.build(seed, 2)[0].state_dict() for seed in (0, 0, 1))
+    first, second, third = (small_model.build(seed, 2, 1)[0].state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert any(not torch.equal(first[key], third[key]) for key in first)

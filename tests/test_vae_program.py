@@ -145,6 +145,25 @@ def test_attention_that_adds_nothing_is_left_out():
     assert len(decoder_program(vae)) == count
 
 
+def test_a_residual_block_that_adds_nothing_is_left_out():
+    vae = small_vae()
+    count, block = len(decoder_program(vae)), vae.decoder.up_blocks[0].resnets[1]
+    block.conv2.weight.zero_()
+    assert len(decoder_program(vae)) == count, "the bias still counts"
+    block.conv2.bias.zero_()
+    assert not [op.name for op in decoder_program(vae) if op.name.startswith("decoder.up_blocks.0.resnets.1.")]
+    assert len(decoder_program(vae, patched=True)) == count, "a host may patch it when it loads it"
+
+
+def test_a_residual_block_with_a_shortcut_is_never_left_out():
+    vae = small_vae()
+    count = len(decoder_program(vae))
+    block = next(block for level in vae.decoder.up_blocks for block in level.resnets if block.conv_shortcut is not None)
+    block.conv2.weight.zero_()
+    block.conv2.bias.zero_()
+    assert len(decoder_program(vae)) == count
+
+
 def test_an_autoencoder_without_attention():
     vae = small_vae(mid_block_add_attention=False)
     assert not any(isinstance(op, Keys | Queries) for op in (*decoder_program(vae), *encoder_program(vae)))

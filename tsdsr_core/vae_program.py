@@ -93,7 +93,7 @@ def decoder_program(vae: Any, patched: bool = False) -> Program:
     """Latents to pixels, as ``vae.decode``.
 
     Args:
-        patched: whether a host will change weights before it runs them: an attention that adds nothing now may then.
+        patched: whether a host will change weights before it runs them: what adds nothing now may then.
 
     Raises:
         ValueError: names the first module that is not understood.
@@ -139,7 +139,7 @@ def _half(vae: Any, half: Literal["encoder", "decoder"], patched: bool) -> list[
     finer = []
     blocks = list(enumerate(_child(root, half, levels)))
     for index, block in reversed(blocks) if half == "decoder" and layout.reversed_up else blocks:
-        finer += _level(f"{half}.{levels}.{index}", block, layout, half)
+        finer += _level(f"{half}.{levels}.{index}", block, layout, half, patched)
     first = _conv(f"{half}.conv_in", _child(root, half, "conv_in"))
     norm = _norm(f"{half}.{layout.norm_out}", _child(root, half, layout.norm_out))
     last = _conv(f"{half}.conv_out", _child(root, half, "conv_out"), norm=norm)
@@ -156,18 +156,18 @@ def _middle(root: Any, half: str, layout: _Layout, patched: bool) -> list[Op]:
         if len(getattr(middle, name)) != {"resnets": 2, "attentions": 1}[name]:
             raise _not_understood(f"{half}.{parent}.{name}", middle, f"it has {len(getattr(middle, name))} parts")
     return [
-        *_resnet(f"{half}.{before}", _child(root, half, before), layout),
+        *_resnet(f"{half}.{before}", _child(root, half, before), layout, patched),
         *_attention(f"{half}.{attention}", _find(root, attention), layout, patched),
-        *_resnet(f"{half}.{after}", _child(root, half, after), layout),
+        *_resnet(f"{half}.{after}", _child(root, half, after), layout, patched),
     ]
 
 
-def _level(name: str, block: Any, layout: _Layout, half: Literal["encoder", "decoder"]) -> list[Op]:
+def _level(name: str, block: Any, layout: _Layout, half: Literal["encoder", "decoder"], patched: bool) -> list[Op]:
     resample = layout.resample[half]
     _check(name, block, (layout.resnets, resample.partition(".")[0]))
     ops = []
     for index, resnet in enumerate(_child(block, name, layout.resnets)):
-        ops += _resnet(f"{name}.{layout.resnets}.{index}", resnet, layout)
+        ops += _resnet(f"{name}.{layout.resnets}.{index}", resnet, layout, patched)
     sampler = _find(block, resample)
     if sampler is not None:
         _check(f"{name}.{resample}", sampler, ("conv", "Conv2d_0"))
@@ -181,8 +181,8 @@ def _level(name: str, block: Any, layout: _Layout, half: Literal["encoder", "dec
     return ops
 
 
-def _resnet(name: str, block: Any, layout: _Layout) -> list[Op]:
-    """``x + conv2(silu(norm2(conv1(silu(norm1(x))))))`` in two passes."""
+def _resnet(name: str, block: Any, layout: _Layout, patched: bool) -> list[Op]:
+    """``x + conv2(silu(norm2(conv1(silu(norm1(x))))))`` in two passes; none where ``conv2`` is zero, since it then is ``x``."""
     _check(name, block, ("norm1", "conv1", "norm2", "conv2", layout.shortcut, "dropout", "nonlinearity", "swish"))
     shortcut = _find(block, layout.shortcut)
     if shortcut is not None:
@@ -190,6 +190,8 @@ def _resnet(name: str, block: Any, layout: _Layout) -> list[Op]:
     norms = [_norm(f"{name}.{part}", _child(block, name, part)) for part in ("norm1", "norm2")]
     first = _conv(f"{name}.conv1", _child(block, name, "conv1"), norm=norms[0])
     second = _conv(f"{name}.conv2", _child(block, name, "conv2"), norm=norms[1])
+    if shortcut is None and not patched and is_zero(second.module):
+        return []
     return [
         replace(first, form=replace(first.form, kind="open")),
         replace(second, form=replace(second.form, kind="close", adds=first.form.reads), shortcut=shortcut),

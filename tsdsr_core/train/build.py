@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -54,7 +55,7 @@ def build_networks(config: Config, sources: Sources, device: torch.device) -> Ne
 def _separate(config: Config, sources: Sources, device: torch.device) -> Networks:
     """A small model, each role with weights of its own."""
     base = _small_base(config, sources, device)
-    _skip_idle_attention(base.vae)
+    _skip_idle(base.vae)
     prompt = _condition(base.prompt)
     null = Condition(torch.zeros_like(prompt.tokens), torch.zeros_like(prompt.pooled))
     if config.stage == "teacher":
@@ -62,13 +63,13 @@ def _separate(config: Config, sources: Sources, device: torch.device) -> Network
         return Networks(transformers, base.vae, base.vae, prompt, null, adapters=False)
     if config.stage == "pretrain":
         vae = base.vae.requires_grad_(True)
-        _freeze_idle_attention(vae)
+        _freeze_idle(vae)
         return Networks({STUDENT: base.transformer.requires_grad_(True)}, vae, vae, prompt, null, adapters=False)
     student_vae = copy.deepcopy(base.vae)
     for part in (student_vae.encoder, student_vae.quant_conv):
         if part is not None:
             part.requires_grad_(True)
-    _freeze_idle_attention(student_vae)
+    _freeze_idle(student_vae)
     transformers = {STUDENT: base.transformer.requires_grad_(True)}
     if config.distils:
         if sources.teacher is None:
@@ -84,7 +85,7 @@ def _small_base(config: Config, sources: Sources, device: torch.device) -> Diffu
     if sources.base is None and config.stage != "pretrain":
         raise ValueError(f"stage {config.stage!r} needs --base: a merged bundle of a small model, or builtin")
     if sources.base is None:
-        transformer, vae, prompt = small_model.build(config.run.seed, config.model.layers)
+        transformer, vae, prompt = small_model.build(config.run.seed, config.model.layers, config.model.layers_per_block)
         return DiffusersModel(transformer, vae, prompt, device, torch.float32)
     start = _small(sources.base, "--base", device)
     layers = start.transformer.config["num_layers"]
@@ -93,6 +94,8 @@ def _small_base(config: Config, sources: Sources, device: torch.device) -> Diffu
             f"--base {sources.base} has {layers} blocks, the configuration {config.model.layers}: set model.layers={layers}, "
             "or leave --base out to start from nothing"
         )
+    if config.stage == "pretrain":
+        start.vae = small_model.deepened(start.vae, config.model.layers_per_block).to(device)
     return start
 
 
@@ -108,18 +111,32 @@ def _condition(prompt: PromptEmbeds) -> Condition:
     return Condition(prompt.tokens, prompt.pooled)
 
 
-def _freeze_idle_attention(vae: Any) -> None:
-    """The small autoencoder's attention gives nothing, and is to stay so: pictures of any size need none."""
+def _freeze_idle(vae: Any) -> None:
+    """Keep what is idle idle: the small autoencoder's attention, as pictures of any size need none, and its dead blocks."""
     for half in (vae.encoder, vae.decoder):
         half.mid_block.attentions.requires_grad_(False)
+        for block in _dead_blocks(half):
+            block.requires_grad_(False)
 
 
-def _skip_idle_attention(vae: Any) -> None:
-    """Spare the time of attentions whose output is zero: a seventh of a training step."""
+def _skip_idle(vae: Any) -> None:
+    """Spare the time of attentions that add nothing and of dead blocks."""
     for half in (vae.encoder, vae.decoder):
         for attention in half.mid_block.attentions:
             if is_zero(attention.to_out[0]):
                 attention.set_processor(_Idle())
+        for block in _dead_blocks(half):
+            block.forward = _unchanged
+
+
+def _dead_blocks(half: Any) -> list[Any]:
+    """Residual blocks that give their input and always will, since no gradient gets past two zeros."""
+    found = [module for module in half.modules() if isinstance(module, ResnetBlock2D) and module.conv_shortcut is None]
+    return [block for block in found if is_zero(block.conv1) and is_zero(block.conv2)]
+
+
+def _unchanged(hidden_states: Tensor, temb: Any = None) -> Tensor:
+    return hidden_states
 
 
 class _Idle:

@@ -51,6 +51,9 @@ class Model:
     rank: int = 64
     layers: int = 2
     """Blocks of a small model's transformer, and its heads of 64 channels each."""
+    layers_per_block: int = 0
+    """Stage pretrain: residual blocks of each level of a small model's encoder; its decoder has one more. A base that has fewer
+    gets more, which begin as nothing."""
     gradient_checkpointing: bool = False
 
 
@@ -103,6 +106,9 @@ class Pretrain:
     """Share of a batch that trains the autoencoder alone: high quality in and out, no step."""
     wavelet_levels: int = 4
     raw_weight: float = 0.1
+    latent_weight: float = 0.0
+    """Of the distance between restored latents and those that the encoder makes of the photograph, in parts of the latter's
+    variance: keeps one meaning for both, as the later stages want."""
     """Weight of the L1 distance before the colour fix; after it the weight is 1."""
 
 
@@ -234,9 +240,9 @@ _SHARES = (
     "data.synthetic_share", "objective.vsd_share", "pretrain.reconstruction_share", "run.ema_decay", "optimiser.beta2",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "data.workers", "objective.later_weight", "objective.guidance", "objective.distribution_weight",
+    "data.workers", "model.layers_per_block", "objective.later_weight", "objective.guidance", "objective.distribution_weight",
     "objective.latent_weight", "objective.pixel_weight", "objective.perceptual_weight", "objective.perceptual_weight_end",
-    "objective.wavelet_levels", "pretrain.raw_weight", "optimiser.weight_decay", "optimiser.warmup_steps",
+    "objective.wavelet_levels", "pretrain.raw_weight", "pretrain.latent_weight", "optimiser.weight_decay", "optimiser.warmup_steps",
     "optimiser.decay_steps",
 )  # fmt: skip
 

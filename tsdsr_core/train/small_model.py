@@ -9,6 +9,10 @@ of near noise.  What stands in the way is GroupNorm and SiLU on the main path, a
   change of contrast.  The mean itself comes back with the colour fix.
 
 All residual branches and the velocity start at zero.
+
+The layout gives each resolution the same number of residual blocks, but their cost grows sixteenfold from the low quality's own
+to the full one, where they are worth least.  So blocks beyond ``LIVE`` are dead: both convolutions are zero, no gradient
+reaches them, and what runs them may leave them out.
 """
 
 from __future__ import annotations
@@ -43,7 +47,6 @@ VAE_CONFIG: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
     "block_out_channels": (64, 64, 64),
-    "layers_per_block": 0,
     "latent_channels": 16,
     "norm_num_groups": 32,
     "scaling_factor": 1.5305,
@@ -52,25 +55,45 @@ VAE_CONFIG: dict[str, Any] = {
 }
 
 
-def build(seed: int, layers: int) -> tuple[SD3Transformer2DModel, AutoencoderKL, PromptEmbeds]:
+LIVE = {"encoder": (None, 0), "decoder": (None, 2, 1)}
+"""How many residual blocks are used at the lowest resolution (None: all), at the next and so on; the last stands for the rest."""
+
+
+def build(seed: int, layers: int, layers_per_block: int) -> tuple[SD3Transformer2DModel, AutoencoderKL, PromptEmbeds]:
     """Transformer, autoencoder and prompt embeddings at their starting weights, fp32 on the CPU.
 
     Args:
         layers: number of the transformer's blocks and of its heads, which are one number in SD3 too: ComfyUI takes both
             from the width.
+        layers_per_block: number of the encoder's residual blocks at each resolution; the decoder has one more.
     """
     torch.manual_seed(seed)
     transformer = SD3Transformer2DModel(
         **TRANSFORMER_CONFIG, num_layers=layers, num_attention_heads=layers, caption_projection_dim=layers * HEAD
     )
-    vae = AutoencoderKL(**VAE_CONFIG)
+    vae = AutoencoderKL(**VAE_CONFIG, layers_per_block=layers_per_block)
     nn.init.zeros_(transformer.proj_out.weight)
     nn.init.zeros_(transformer.proj_out.bias)
     with torch.no_grad():
         _start_linear(vae)
+        _end_blocks(vae, 0)
     tokens = torch.randn(1, 8, TRANSFORMER_CONFIG["joint_attention_dim"])
     pooled = torch.randn(1, TRANSFORMER_CONFIG["pooled_projection_dim"])
     return transformer, vae, PromptEmbeds(tokens, pooled)
+
+
+@torch.no_grad()
+def deepened(vae: Any, layers_per_block: int) -> Any:
+    """The same function with at least so many residual blocks at each resolution; new ones begin with branches of zero."""
+    found = int(vae.config["layers_per_block"])
+    if found >= layers_per_block:
+        return vae
+    deeper = AutoencoderKL.from_config({**vae.config, "layers_per_block": layers_per_block})
+    for half in (deeper.encoder, deeper.decoder):
+        _close_branches(half)
+    deeper.load_state_dict({**deeper.state_dict(), **vae.state_dict()})
+    _end_blocks(deeper, found)
+    return deeper
 
 
 @torch.no_grad()
@@ -93,11 +116,30 @@ def shift_latents(transformer: Any, vae: Any, mean: Tensor, gain: Tensor) -> Non
     out.bias.view(-1, channels).mul_(gain)
 
 
+def _end_blocks(vae: Any, kept: int) -> None:
+    """End what is beyond ``LIVE``, except for the encoder's first ``kept`` blocks and the decoder's first ``kept + 1``."""
+    levels = {"encoder": reversed(vae.encoder.down_blocks), "decoder": vae.decoder.up_blocks}
+    for half, first in (("encoder", kept), ("decoder", kept + 1)):
+        for index, level in enumerate(levels[half]):
+            live = LIVE[half][min(index, len(LIVE[half]) - 1)]
+            for block in level.resnets[len(level.resnets) if live is None else max(live, first) :]:
+                _zero(block.conv1)
+                _zero(block.conv2)
+
+
+def _close_branches(half: Any) -> None:
+    for block in (module for module in half.modules() if hasattr(module, "conv2")):
+        _zero(block.conv2)
+
+
+def _zero(conv: Any) -> None:
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+
+
 def _start_linear(vae: Any) -> None:
     for half in (vae.encoder, vae.decoder):
-        for resnet in (m for m in half.modules() if hasattr(m, "conv2")):
-            nn.init.zeros_(resnet.conv2.weight)
-            nn.init.zeros_(resnet.conv2.bias)
+        _close_branches(half)
         attention = half.mid_block.attentions[0]
         nn.init.zeros_(attention.to_out[0].weight)  # stays zero: a restorer of any size needs no global attention here
         nn.init.zeros_(attention.to_out[0].bias)
@@ -115,7 +157,7 @@ def _start_linear(vae: Any) -> None:
     _spread(decoder.conv_in, colours)
     for block in decoder.up_blocks[:-1]:
         _keep(block.upsamplers[0].conv, colours, torch.tensor([0.25, 0.5, 0.25]))
-    _open_norm(decoder.up_blocks[-1].resnets[-1].conv2, decoder.conv_norm_out, colours)
+    _open_norm(decoder.up_blocks[-1].resnets[0].conv2, decoder.conv_norm_out, colours)
     _gather(decoder.conv_out, colours)
 
 

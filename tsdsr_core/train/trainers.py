@@ -162,29 +162,38 @@ class PretrainTrainer:
         self.table, self.positions = table, table.pos_embed.clone()
 
     def accumulate(self, batch: Batch, step: int, backward: Backward) -> dict[str, Tensor]:
-        """L1 after and before the colour fix; a share of the samples passes high quality with no step."""
+        """L1 after and before the colour fix, and the distance of latents; a share of the samples passes high quality, no step."""
         self._shift_positions(batch.seed, step)
         kept = batch.chosen(self.settings.reconstruction_share, "reconstruction")[:, None, None, None]
         source = torch.where(kept, batch.high, batch.low)
         with self.networks.autocast():
-            output = self._restore(source, (~kept).to(source)).float()
+            z = self._latent(source, (~kept).to(source))
+            output = self.networks.decode(z).float()
         fixed = wavelet(output, source, self.settings.wavelet_levels)
         raw = (output - batch.high).abs().mean()
         loss = (fixed - batch.high).abs().mean()
-        backward(loss + self.settings.raw_weight * raw)
-        return {"pixel": loss.detach(), "raw": raw.detach()}
+        parts = {"pixel": loss, "raw": self.settings.raw_weight * raw}
+        if self.settings.latent_weight:
+            parts["latent"] = self.settings.latent_weight * self._distance(z, batch.high)
+        backward(torch.stack(list(parts.values())).sum())
+        return {name: value.detach() for name, value in parts.items()}
 
     @torch.no_grad()
     def restore(self, low: Tensor) -> Tensor:
         """The one step, without the colour fix."""
         self.table.pos_embed.copy_(self.positions)
-        return self._restore(low, low.new_ones(len(low), 1, 1, 1)).clamp(0, 1)
+        return self.networks.decode(self._latent(low, low.new_ones(len(low), 1, 1, 1))).clamp(0, 1)
 
-    def _restore(self, pixels: Tensor, strength: Tensor) -> Tensor:
+    def _latent(self, pixels: Tensor, strength: Tensor) -> Tensor:
         networks = self.networks
         z = networks.encode(pixels, student=True)
         velocity = networks.velocity(STUDENT, z, z.new_ones(len(z)), networks.prompt.expanded(len(z)))
-        return networks.decode(one_step(z, strength * velocity))
+        return one_step(z, strength * velocity)
+
+    def _distance(self, z: Tensor, high: Tensor) -> Tensor:
+        with torch.no_grad(), self.networks.autocast():
+            target = self.networks.encode(high, student=True).float()
+        return ((z.float() - target).square().mean((0, 2, 3)) / target.var((0, 2, 3))).mean()
 
     def _shift_positions(self, seed: int, step: int) -> None:
         """Train each step at a random place of the position table, so that large tiles meet no unknown position."""

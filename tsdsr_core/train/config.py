@@ -242,8 +242,8 @@ _SHARES = (
 _NOT_NEGATIVE = (
     "data.workers", "model.layers_per_block", "objective.later_weight", "objective.guidance", "objective.distribution_weight",
     "objective.latent_weight", "objective.pixel_weight", "objective.perceptual_weight", "objective.perceptual_weight_end",
-    "objective.wavelet_levels", "pretrain.raw_weight", "pretrain.latent_weight", "optimiser.weight_decay", "optimiser.warmup_steps",
-    "optimiser.decay_steps",
+    "objective.wavelet_levels", "pretrain.raw_weight", "pretrain.latent_weight", "optimiser.weight_decay",
+    "optimiser.warmup_steps", "optimiser.decay_steps",
 )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ VAE_CONFIG: dict[str, Any] = {
 
 
 LIVE = {"encoder": (None, 0), "decoder": (None, 2, 1)}
-"""How many residual blocks are used at the lowest resolution (None: all), at the next and so on; the last stands for the rest."""
+"""How many residual blocks are used at the lowest resolution (None: all), at the next and so on; the last is for the rest."""
 
 
 def build(seed: int, layers: int, layers_per_block: int) -> tuple[SD3Transformer2DModel, AutoencoderKL, PromptEmbeds]:

@@ -162,7 +162,7 @@ class PretrainTrainer:
         self.table, self.positions = table, table.pos_embed.clone()
 
     def accumulate(self, batch: Batch, step: int, backward: Backward) -> dict[str, Tensor]:
-        """L1 after and before the colour fix, and the distance of latents; a share of the samples passes high quality, no step."""
+        """L1 after and before the colour fix, and the distance of latents; a share of the samples is restored by no step."""
         self._shift_positions(batch.seed, step)
         kept = batch.chosen(self.settings.reconstruction_share, "reconstruction")[:, None, None, None]
         source = torch.where(kept, batch.high, batch.low)

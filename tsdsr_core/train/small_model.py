@@ -88,7 +88,7 @@ def deepened(vae: Any, layers_per_block: int) -> Any:
     found = int(vae.config["layers_per_block"])
     if found >= layers_per_block:
         return vae
-    deeper = AutoencoderKL.from_config({**vae.config, "layers_per_block": layers_per_block})
+    deeper: Any = AutoencoderKL.from_config({**vae.config, "layers_per_block": layers_per_block})
     for half in (deeper.encoder, deeper.decoder):
         _close_branches(half)
     deeper.load_state_dict({**deeper.state_dict(), **vae.state_dict()})

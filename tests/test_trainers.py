@@ -32,7 +32,7 @@ TRAINERS = {"pretrain": PretrainTrainer, "teacher": TeacherTrainer, "student": S
 def small(tmp_path_factory):
     """A small base and a teacher on its autoencoder, as bundles."""
     folder = tmp_path_factory.mktemp("small")
-    transformer, vae, prompt = small_model.build(0, 2)
+    transformer, vae, prompt = small_model.build(0, 2, 1)
     for seed, name in enumerate(("base", "teacher")):
         torch.manual_seed(seed)
         torch.nn.init.normal_(transformer.proj_out.weight, std=0.02)
@@ -351,7 +351,7 @@ def test_embeddings_of_another_model_are_refused(adapted, tmp_path):
 
 def test_a_teacher_on_another_autoencoder_is_refused(small, tmp_path):
     """However near; a base in fp32 and its teacher, exported in fp16, have the same one."""
-    transformer, vae, prompt = small_model.build(0, 2)
+    transformer, vae, prompt = small_model.build(0, 2, 1)
     torch.nn.init.normal_(vae.encoder.mid_block.resnets[0].conv2.weight, std=0.01)
     for change, name in ((0, "base"), (0, "same"), (1e-3, "other")):
         with torch.no_grad():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tsdsr_core.bundle import bundle_path
 from tsdsr_core.colour import wavelet
-from tsdsr_core.flow import one_step, schedule
+from tsdsr_core.flow import schedule
 from tsdsr_core.metrics import psnr_y
 from tsdsr_core.spectrum import sharpness
 from tsdsr_core.train import losses
@@ -30,7 +30,7 @@ from tsdsr_core.train.checkpoint import read_checkpoint
 from tsdsr_core.train.dasm import plan
 from tsdsr_core.train.data import Mixture, Pairs
 from tsdsr_core.train.networks import FAKE, STUDENT, TEACHER, set_parameters
-from tsdsr_core.train.trainers import latent_of
+from tsdsr_core.train.trainers import latent_of, restored_latent
 
 INDICES = (200, 500, 700, 850, 950)
 RESIDUALS = {"VSD": (1.0, False), "TSM, velocities": (0.0, False), "TSM, scores": (0.0, True)}
@@ -69,7 +69,7 @@ def main() -> None:
     with torch.no_grad():
         z = latent_of(batch, networks)
         z_low = networks.encode(low, student=True)
-        z_hat = one_step(z_low, networks.velocity(STUDENT, z_low, z_low.new_ones(len(z)), networks.prompt.expanded(len(z))))
+        z_hat = restored_latent(networks, low)
     for name, latent in (("restored", z_hat), ("low-quality", z_low)):
         apart = F.mse_loss(latent, z) / z.var()
         print(f"mean square between {name} latents and those of the photographs: {apart:.2f} of the latters' variance")

@@ -69,10 +69,11 @@ def test_exported_loras_run_as_two_files_and_as_a_bundle(host, sd3, tmp_path):
         assert differs(found, expected) <= 1
 
 
-@pytest.mark.parametrize("layers", [2, 3])
-def test_an_exported_small_model_runs_at_any_depth(layers, host, tmp_path):
-    checkpoint = train(tmp_path / "run", settings=["stage=pretrain", f"model.layers={layers}"])
-    export(checkpoint, path := host.base / "models" / "tsdsr" / f"small{layers}.safetensors")
+@pytest.mark.parametrize(("layers", "layers_per_block"), [(2, 0), (3, 0), (2, 2)])
+def test_an_exported_small_model_runs_at_any_depth(layers, layers_per_block, host, tmp_path):
+    depth = [f"model.layers={layers}", f"model.layers_per_block={layers_per_block}"]
+    checkpoint = train(tmp_path / "run", settings=["stage=pretrain", *depth])
+    export(checkpoint, path := host.base / "models" / "tsdsr" / f"small{layers}{layers_per_block}.safetensors")
     graph = Graph()
     loader = graph.add("TSDSRLoadCheckpoint", checkpoint=path.name, vae_precision="auto")
     found = upscaled(host, graph, model=(loader, 0), vae=(loader, 1), conditioning=(loader, 2))

@@ -239,7 +239,8 @@ def is_zero(module: nn.Module) -> bool:
     """Whether a projection always gives 0; not where a host adds patches to its weights or has not loaded them yet."""
     if getattr(module, "weight_function", ()) or getattr(module, "bias_function", ()):
         return False
-    return not any(p.is_meta or bool(p.any()) for p in module.parameters())
+    smallest_first = sorted(module.parameters(), key=lambda p: p.numel())  # a bias tells soonest that it is not
+    return not any(p.is_meta or bool(p.any()) for p in smallest_first)
 
 
 def _check(name: str, module: Any, parts: Any) -> None:

@@ -106,10 +106,10 @@ class Pretrain:
     """Share of a batch that trains the autoencoder alone: high quality in and out, no step."""
     wavelet_levels: int = 4
     raw_weight: float = 0.1
+    """Weight of the L1 distance before the colour fix; after it the weight is 1."""
     latent_weight: float = 0.0
     """Of the distance between restored latents and those that the encoder makes of the photograph, in parts of the latter's
     variance: keeps one meaning for both, as the later stages want."""
-    """Weight of the L1 distance before the colour fix; after it the weight is 1."""
 
 
 @dataclass(frozen=True)

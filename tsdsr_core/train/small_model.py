@@ -72,8 +72,7 @@ def build(seed: int, layers: int, layers_per_block: int) -> tuple[SD3Transformer
         **TRANSFORMER_CONFIG, num_layers=layers, num_attention_heads=layers, caption_projection_dim=layers * HEAD
     )
     vae = AutoencoderKL(**VAE_CONFIG, layers_per_block=layers_per_block)
-    nn.init.zeros_(transformer.proj_out.weight)
-    nn.init.zeros_(transformer.proj_out.bias)
+    _zero(transformer.proj_out)
     with torch.no_grad():
         _start_linear(vae)
         _end_blocks(vae, 0)
@@ -132,17 +131,16 @@ def _close_branches(half: Any) -> None:
         _zero(block.conv2)
 
 
-def _zero(conv: Any) -> None:
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)
+def _zero(layer: Any) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 def _start_linear(vae: Any) -> None:
     for half in (vae.encoder, vae.decoder):
         _close_branches(half)
         attention = half.mid_block.attentions[0]
-        nn.init.zeros_(attention.to_out[0].weight)  # stays zero: a restorer of any size needs no global attention here
-        nn.init.zeros_(attention.to_out[0].bias)
+        _zero(attention.to_out[0])  # stays zero: a restorer of any size needs no global attention here
     encoder, decoder = vae.encoder, vae.decoder
     colours = 3
     _spread(encoder.conv_in, colours)

@@ -86,7 +86,7 @@ class StudentTrainer:
         """The student's loss, then that of the LoRA model on what the student made."""
         networks, objective = self.networks, self.objective
         z = latent_of(batch, networks)
-        z_hat = self._latent(batch.low)
+        z_hat = restored_latent(networks, batch.low)
         parts = {"latent": objective.latent_weight * F.mse_loss(z_hat.float(), z.float())}
         parts |= self._pixel_terms(z_hat, batch, step)
         if self.distils:
@@ -103,12 +103,7 @@ class StudentTrainer:
     @torch.no_grad()
     def restore(self, low: Tensor) -> Tensor:
         """The one step, without the colour fix."""
-        return self.networks.decode(self._latent(low)).clamp(0, 1)
-
-    def _latent(self, low: Tensor) -> Tensor:
-        z = self.networks.encode(low, student=True)
-        condition = self.networks.prompt.expanded(len(z))
-        return one_step(z, self.networks.velocity(STUDENT, z, z.new_ones(len(z)), condition))
+        return self.networks.decode(restored_latent(self.networks, low)).clamp(0, 1)
 
     def _pixel_terms(self, z_hat: Tensor, batch: Batch, step: int) -> dict[str, Tensor]:
         objective = self.objective
@@ -167,7 +162,7 @@ class PretrainTrainer:
         kept = batch.chosen(self.settings.reconstruction_share, "reconstruction")[:, None, None, None]
         source = torch.where(kept, batch.high, batch.low)
         with self.networks.autocast():
-            z = self._latent(source, (~kept).to(source))
+            z = restored_latent(self.networks, source, (~kept).to(source))
             output = self.networks.decode(z).float()
         fixed = wavelet(output, source, self.settings.wavelet_levels)
         raw = (output - batch.high).abs().mean()
@@ -182,13 +177,7 @@ class PretrainTrainer:
     def restore(self, low: Tensor) -> Tensor:
         """The one step, without the colour fix."""
         self.table.pos_embed.copy_(self.positions)
-        return self.networks.decode(self._latent(low, low.new_ones(len(low), 1, 1, 1))).clamp(0, 1)
-
-    def _latent(self, pixels: Tensor, strength: Tensor) -> Tensor:
-        networks = self.networks
-        z = networks.encode(pixels, student=True)
-        velocity = networks.velocity(STUDENT, z, z.new_ones(len(z)), networks.prompt.expanded(len(z)))
-        return one_step(z, strength * velocity)
+        return self.networks.decode(restored_latent(self.networks, low)).clamp(0, 1)
 
     def _distance(self, z: Tensor, high: Tensor) -> Tensor:
         with torch.no_grad(), self.networks.autocast():
@@ -201,6 +190,13 @@ class PretrainTrainer:
         reach = grid // 5
         shift = torch.randint(-reach, reach + 1, (2,), generator=generator_for(seed, step, "position")).tolist()
         self.table.pos_embed.copy_(self.positions.view(grid, grid, -1).roll(shift, (0, 1)).view_as(self.positions))
+
+
+def restored_latent(networks: Networks, pixels: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+    """Scaled latents after one step from pixels ``(B, 3, H, W)`` in 0..1; ``strength`` multiplies the velocity."""
+    z = networks.encode(pixels, student=True)
+    velocity = networks.velocity(STUDENT, z, z.new_ones(len(z)), networks.prompt.expanded(len(z)))
+    return one_step(z, strength * velocity)
 
 
 def latent_of(batch: Batch, networks: Networks) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from tsdsr_core.image_io import Picture, write_picture
@@ -53,7 +54,7 @@ def quick(monkeypatch):
 
     def shrink(image, scale, preset, generator):
         calls.append((preset, tuple(image.shape)))
-        return torch.nn.functional.avg_pool2d(image, scale)
+        return F.avg_pool2d(image, scale)
 
     monkeypatch.setattr(data, "degrade", shrink)
     return calls
@@ -173,6 +174,37 @@ def test_crops_with_detail_are_drawn_more_often(tmp_path, quick):
         dataset = Pairs([tmp_path / "s"], replace(MIXTURE, candidates=candidates), seed=0)
         strong = sum(bool(dataset[index]["high"].max() > 0.6) for index in range(400))
         assert strong == pytest.approx(400 * share, abs=40)  # 4 standard deviations
+
+
+def test_contrast_grows_by_a_factor_about_the_mean_and_channels_trade_places():
+    own = torch.Generator().manual_seed(0)
+    picture = 0.5 + 0.02 * torch.randn(3, 16, 16, generator=own) + torch.tensor([-0.1, 0, 0.1])[:, None, None]
+    mean = picture.mean((1, 2), keepdim=True)
+    strengths = []
+    for _ in range(400):
+        found = data.recoloured(picture, replace(MIXTURE, contrast=4.0), own)
+        factor = ((found - mean).norm() / (picture - mean).norm()).item()
+        assert torch.allclose(found, mean + factor * (picture - mean), atol=1e-5)
+        strengths.append(np.log(factor) / np.log(4))
+    changed = [strength for strength in strengths if strength > 1e-5]
+    assert len(changed) == pytest.approx(200, abs=40)  # 4 standard deviations
+    assert np.quantile(changed, [0.02, 0.5, 0.98]) == pytest.approx([0, 0.5, 1], abs=0.15)
+    orders = [data.recoloured(picture, replace(MIXTURE, permute_channels=True), own) for _ in range(100)]
+    assert len({tuple(found[:, 0, 0].tolist()) for found in orders}) == 6
+    assert all(torch.equal(found.sort(0).values, picture.sort(0).values) for found in orders)
+
+
+def test_what_is_recoloured_stays_a_picture_and_is_degraded_afterwards(tmp_path, quick):
+    folder = fill(tmp_path / "photos", 2)
+    plain = Pairs([folder], MIXTURE, 0)
+    dataset = Pairs([folder], replace(MIXTURE, contrast=8.0, permute_channels=True), 0)
+    for index in range(12):
+        low, high = dataset[index]["low"], dataset[index]["high"]
+        assert high.min() >= 0
+        assert high.max() <= 1
+        pooled = torch.stack([F.avg_pool2d(part, 4).flatten() for part in (low, high)])
+        assert torch.corrcoef(pooled)[0, 1] > 0.9, "the same colours in both"
+    assert not any(torch.equal(dataset[index]["high"], plain[index]["high"]) for index in range(3))
 
 
 def shares(dataset, count):

@@ -4,17 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from tsdsr_core.bundle import BUILTIN, read_bundle, write_bundle
+from tsdsr_core.colour import wavelet
 from tsdsr_core.diffusers_models import load_builtin
+from tsdsr_core.spectrum import sharpness
 from tsdsr_core.train import small_model, synthetic
 from tsdsr_core.train.batch import Batch
 from tsdsr_core.train.build import Sources, build_networks
 from tsdsr_core.train.config import from_dict
 from tsdsr_core.train.networks import STUDENT, TEACHER
 from tsdsr_core.train.preview import measure
-from tsdsr_core.train.trainers import PretrainTrainer
+from tsdsr_core.train.trainers import PretrainTrainer, lacking_sharpness
 
 from .tiny import photo
 
@@ -30,8 +33,8 @@ def trainer():
 
 def pairs(count: int, side: int = 32) -> Batch:
     high = torch.cat([photo(side, side, index) for index in range(count)])
-    low = torch.nn.functional.avg_pool2d(high, 4)
-    low = torch.nn.functional.interpolate(low, scale_factor=4.0, mode="bicubic").clamp(0, 1)
+    low = F.avg_pool2d(high, 4)
+    low = F.interpolate(low, scale_factor=4.0, mode="bicubic").clamp(0, 1)
     return Batch(low, high, range(count), 0)
 
 
@@ -143,6 +146,39 @@ def test_the_distance_of_latents_is_in_parts_of_their_variance(trainer):
         assert torch.allclose(found["latent"], 0.5 * expected, rtol=1e-4)
     trainer.settings = replace(CONFIG.pretrain, latent_weight=0.0)
     assert "latent" not in trainer.accumulate(batch, 0, lambda loss: None)
+
+
+def test_means_and_sharpness_count_by_their_weights(trainer):
+    """By hand: the output from the whole loss's gradient-free parts, and what is asked for alone is there."""
+    batch = pairs(2, 64)
+    low, settings = batch.low, replace(CONFIG.pretrain, raw_weight=0.0, reconstruction_share=0.0)
+    trainer.settings = replace(settings, coarse_weight=2.0, sharpness_weight=0.25)
+    found = trainer.accumulate(batch, 0, lambda loss: None)
+    fixed = wavelet(trainer.restore(low), low, settings.wavelet_levels)
+    blocks = (fixed - batch.high).reshape(2, 3, 8, 8, 8, 8).mean((3, 5))
+    assert found["coarse"].item() == pytest.approx(2 * blocks.abs().mean().item(), rel=1e-3)
+    lacking = (sharpness(batch.high) - sharpness(fixed)).mean()
+    assert lacking > 1
+    assert found["sharpness"].item() == pytest.approx(0.25 * lacking.item(), rel=1e-3)
+    trainer.settings = settings
+    assert not {"coarse", "sharpness"} & set(trainer.accumulate(batch, 0, lambda loss: None))
+
+
+def test_an_output_lacks_sharpness_until_it_is_as_sharp():
+    """A gradient that blanks do not break, pointing to more of the fine waves."""
+    generator = torch.Generator().manual_seed(0)
+    high = torch.rand(3, 3, 64, 64, generator=generator)
+    soft = (0.5 * high + 0.5 * F.avg_pool2d(high, 3, 1, 1)).clone()
+    soft[1] = high[1] + 0.5 * (high[1] - F.avg_pool2d(high[1], 3, 1, 1))  # sharper
+    soft[2] = 0.3
+    soft.requires_grad_()
+    lacking = lacking_sharpness(soft, high)
+    assert lacking.item() == pytest.approx((sharpness(high[:1]) - sharpness(soft[:1])).item() / 3)
+    lacking.backward()
+    assert soft.grad.isfinite().all()
+    assert not soft.grad[1:].any()
+    assert (soft.grad[0] * (high[0] - soft.detach()[0])).sum() < 0
+    assert lacking_sharpness(soft[2:], high[2:]) == 0
 
 
 @pytest.mark.parametrize("layers", [2, 3])

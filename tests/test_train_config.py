@@ -26,6 +26,7 @@ from tsdsr_core.train.config import Config, from_dict, read_config
         ("[data]\npresets = {light = 0}", "data.presets"),
         ("[data]\npresets = {light = -1.0}", "data.presets"),
         ('[data]\npresets = {light = "much"}', "data.presets"),
+        ("[data]\ncontrast = 0.5", "data.contrast = 0.5: expected a number of at least 1"),
         ("[optimiser]\nlearning_rate = 0.0", "optimiser.learning_rate = 0.0: expected a number above 0"),
         ("[optimiser]\nclip_norm = nan", "optimiser.clip_norm = nan"),
         ("[objective]\nname = 'gan'", "objective.name = 'gan': expected one of supervised, vsd, tsd"),
@@ -34,6 +35,7 @@ from tsdsr_core.train.config import Config, from_dict, read_config
         ("[objective]\nas_scores = true\nfirst_index = 0", "objective.first_index = 0: expected at least 1 with as_scores"),
         ("[model]\nlayers = 1", "model.layers = 1: expected at least 2"),
         ("stage = 'pretrain'", "set model.trained = 'weights'"),
+        ("[data]\ncrop = 48\n[pretrain]\nsharpness_weight = 1.0", "data.crop = 48: expected at least 64 with pretrain"),
         ("steps =", "no TOML file that can be read"),
     ],
 )

@@ -164,7 +164,9 @@ def _source(config: Config, photos: list[str]) -> Pairs:
     """The training pictures of a stage."""
     data = config.data
     presets = () if config.stage == "teacher" else tuple(data.presets.items())  # a teacher sees good pictures alone
-    mixture = Mixture(data.crop, data.scale, presets, data.synthetic_share, data.candidates)
+    mixture = Mixture(
+        data.crop, data.scale, presets, data.synthetic_share, data.candidates, data.contrast, data.permute_channels
+    )
     folders, latents = [_folder(text) for text in photos], config.stage != "pretrain"
     return Pairs(folders, mixture, config.run.seed, captions=data.captions, latents=latents)
 

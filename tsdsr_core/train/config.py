@@ -12,6 +12,7 @@ from typing import Any
 
 from ..bundle import DEFAULTS
 from ..flow import SCHEDULE_STEPS
+from ..spectrum import LEAST_SIDE
 from .dasm import Trajectory, plan
 from .degradations import PRESETS
 
@@ -36,6 +37,10 @@ class Data:
     """Share of pictures that are drawn, 0..1."""
     candidates: int = 1
     """Crops of photographs from which one is drawn, those with more detail more often; prepared ones are taken as they come."""
+    contrast: float = 1.0
+    """Half of the crops get their contrast multiplied by a factor from 1 to this; prepared ones are taken as they come."""
+    permute_channels: bool = False
+    """Draw the order of red, green and blue of a crop; prepared ones are taken as they come."""
     captions: bool = False
     """Teacher and LoRA model see each picture's caption (``tsdsr train prepare --captions``), else the fixed prompt."""
     workers: int = 0
@@ -107,6 +112,10 @@ class Pretrain:
     wavelet_levels: int = 4
     raw_weight: float = 0.1
     """Weight of the L1 distance before the colour fix; after it the weight is 1."""
+    coarse_weight: float = 0.0
+    """Of the L1 distance between the means of 8x8 pixels after the colour fix."""
+    sharpness_weight: float = 0.0
+    """Of what the output lacks in sharpness, in dB (``spectrum.sharpness``); needs crops of 64 pixels."""
     latent_weight: float = 0.0
     """Of the distance between restored latents and those that the encoder makes of the photograph, in parts of the latter's
     variance: keeps one meaning for both, as the later stages want."""
@@ -242,7 +251,8 @@ _SHARES = (
 _NOT_NEGATIVE = (
     "data.workers", "model.layers_per_block", "objective.later_weight", "objective.guidance", "objective.distribution_weight",
     "objective.latent_weight", "objective.pixel_weight", "objective.perceptual_weight", "objective.perceptual_weight_end",
-    "objective.wavelet_levels", "pretrain.raw_weight", "pretrain.latent_weight", "optimiser.weight_decay",
+    "objective.wavelet_levels", "pretrain.raw_weight", "pretrain.coarse_weight", "pretrain.sharpness_weight",
+    "pretrain.latent_weight", "optimiser.weight_decay",
     "optimiser.warmup_steps", "optimiser.decay_steps",
 )  # fmt: skip
 
@@ -266,6 +276,8 @@ def _check(config: Config) -> None:
         if levels > most:
             raise ValueError(f"{name}.wavelet_levels = {levels}: expected at most {most}")
     _check_data(config.data)
+    if config.pretrain.sharpness_weight and config.data.crop < LEAST_SIDE:
+        raise ValueError(f"data.crop = {config.data.crop}: expected at least {LEAST_SIDE} with pretrain.sharpness_weight")
     if config.stage == "pretrain" and config.model.trained != "weights":
         raise ValueError("stage = 'pretrain' trains a small model's own weights: set model.trained = 'weights'")
     if config.model.layers < 2:
@@ -279,6 +291,8 @@ def _check(config: Config) -> None:
 
 
 def _check_data(data: Data) -> None:
+    if not 1 <= data.contrast < math.inf:
+        raise ValueError(f"data.contrast = {data.contrast}: expected a number of at least 1")
     unknown = sorted(set(data.presets) - set(PRESETS))
     weights = data.presets.values()
     if unknown or not all(isinstance(w, int | float) and w >= 0 for w in weights) or not sum(weights) > 0:

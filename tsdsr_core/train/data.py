@@ -43,6 +43,9 @@ class Mixture:
     """Share of synthetic pictures, 0..1."""
     candidates: int = 1
     """Crops of photographs among which one is drawn, each of a photograph of its own; see ``detail``."""
+    contrast: float = 1.0
+    """Most that the contrast of a picture is multiplied by; see ``recoloured``."""
+    permute_channels: bool = False
 
     @property
     def margin(self) -> int:
@@ -147,7 +150,7 @@ class Pairs(Dataset[dict[str, Tensor]]):
         return random_view(picture, self.mixture.crop + 2 * self.mixture.margin, generator)
 
     def _pair(self, view: Tensor, generator: Generator) -> dict[str, Tensor]:
-        high = turned(view, generator)
+        high = recoloured(turned(view, generator), self.mixture, generator)
         low = _degraded(high, self.mixture, generator)
         return {"low": _cut_margin(low, self.mixture), "high": _cut_margin(high, self.mixture)}
 
@@ -240,6 +243,19 @@ def turned(image: Tensor, generator: Generator) -> Tensor:
     if _int(2, generator):
         image = image.flip(-1)
     return torch.rot90(image, _int(4, generator), (-2, -1))
+
+
+def recoloured(picture: Tensor, mixture: Mixture, generator: Generator) -> Tensor:
+    """``(3, H, W)`` in 0..1 with stronger contrast and other colours, so that few photographs stand for more.
+
+    Half of the pictures have the distance of each channel from its mean multiplied by up to ``mixture.contrast``, every factor
+    as likely on a logarithmic scale; with ``permute_channels``, channels come in any order.
+    """
+    if mixture.contrast > 1 and _int(2, generator):
+        factor = mixture.contrast ** float(torch.rand((), generator=generator))
+        mean = picture.mean((1, 2), keepdim=True)
+        picture = (mean + factor * (picture - mean)).clamp(0, 1)
+    return picture[torch.randperm(3, generator=generator)] if mixture.permute_channels else picture
 
 
 def random_view(picture: Tensor, side: int, generator: Generator) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..colour import wavelet
 from ..flow import one_step, schedule
+from ..spectrum import sharpness
 from . import losses
 from .batch import Batch
 from .config import Config
@@ -21,6 +22,8 @@ from .randomness import generator_for
 
 Backward = Callable[[Tensor], None]
 """Adds a loss's gradients to those of the parameters."""
+COARSE = 8
+"""Side in pixels of the means that ``pretrain.coarse_weight`` compares."""
 NULL_SHARE = 0.1
 """Of the samples that a diffusion model sees without its prompt, so that guidance has something to lead away from."""
 
@@ -157,7 +160,7 @@ class PretrainTrainer:
         self.table, self.positions = table, table.pos_embed.clone()
 
     def accumulate(self, batch: Batch, step: int, backward: Backward) -> dict[str, Tensor]:
-        """L1 after and before the colour fix, and the distance of latents; a share of the samples is restored by no step."""
+        """L1 after and before the colour fix, what else has a weight; a share of the samples is restored by no step."""
         self._shift_positions(batch.seed, step)
         kept = batch.chosen(self.settings.reconstruction_share, "reconstruction")[:, None, None, None]
         source = torch.where(kept, batch.high, batch.low)
@@ -168,6 +171,10 @@ class PretrainTrainer:
         raw = (output - batch.high).abs().mean()
         loss = (fixed - batch.high).abs().mean()
         parts = {"pixel": loss, "raw": self.settings.raw_weight * raw}
+        if self.settings.coarse_weight:
+            parts["coarse"] = self.settings.coarse_weight * F.avg_pool2d(fixed - batch.high, COARSE).abs().mean()
+        if self.settings.sharpness_weight:
+            parts["sharpness"] = self.settings.sharpness_weight * lacking_sharpness(fixed, batch.high)
         if self.settings.latent_weight:
             parts["latent"] = self.settings.latent_weight * self._distance(z, batch.high)
         backward(torch.stack(list(parts.values())).sum())
@@ -197,6 +204,20 @@ def restored_latent(networks: Networks, pixels: Tensor, strength: Tensor | float
     z = networks.encode(pixels, student=True)
     velocity = networks.velocity(STUDENT, z, z.new_ones(len(z)), networks.prompt.expanded(len(z)))
     return one_step(z, strength * velocity)
+
+
+def lacking_sharpness(output: Tensor, high: Tensor) -> Tensor:
+    """How much less sharp than its photograph an output is, in dB, on average; one that is sharper lacks nothing.
+
+    Args:
+        output, high: ``(B, 3, H, W)``, at least 64x64; blanks, which have no sharpness, count as lacking none.
+    """
+    with torch.no_grad():
+        known = (sharpness(output) - sharpness(high)).isfinite()  # before the gradient: that of a blank is no number
+    if not known.any():
+        return output.new_zeros(())
+    lacking = sharpness(high[known]) - sharpness(output[known])
+    return lacking.clamp_min(0).sum() / len(high)
 
 
 def latent_of(batch: Batch, networks: Networks) -> Tensor:

@@ -35,7 +35,6 @@ from tsdsr_core.train.config import Config, from_dict, read_config
         ("[objective]\nas_scores = true\nfirst_index = 0", "objective.first_index = 0: expected at least 1 with as_scores"),
         ("[model]\nlayers = 1", "model.layers = 1: expected at least 2"),
         ("stage = 'pretrain'", "set model.trained = 'weights'"),
-        ("[data]\ncrop = 48\n[pretrain]\nsharpness_weight = 1.0", "data.crop = 48: expected at least 64 with pretrain"),
         ("steps =", "no TOML file that can be read"),
     ],
 )

@@ -12,7 +12,6 @@ from typing import Any
 
 from ..bundle import DEFAULTS
 from ..flow import SCHEDULE_STEPS
-from ..spectrum import LEAST_SIDE
 from .dasm import Trajectory, plan
 from .degradations import PRESETS
 
@@ -114,8 +113,8 @@ class Pretrain:
     """Weight of the L1 distance before the colour fix; after it the weight is 1."""
     coarse_weight: float = 0.0
     """Of the L1 distance between the means of 8x8 pixels after the colour fix."""
-    sharpness_weight: float = 0.0
-    """Of what the output lacks in sharpness, in dB (``spectrum.sharpness``); needs crops of 64 pixels."""
+    sharpening: float = 0.0
+    """Share by which the finest waves of the photograph grow before a restored output is compared with it."""
     latent_weight: float = 0.0
     """Of the distance between restored latents and those that the encoder makes of the photograph, in parts of the latter's
     variance: keeps one meaning for both, as the later stages want."""
@@ -251,9 +250,8 @@ _SHARES = (
 _NOT_NEGATIVE = (
     "data.workers", "model.layers_per_block", "objective.later_weight", "objective.guidance", "objective.distribution_weight",
     "objective.latent_weight", "objective.pixel_weight", "objective.perceptual_weight", "objective.perceptual_weight_end",
-    "objective.wavelet_levels", "pretrain.raw_weight", "pretrain.coarse_weight", "pretrain.sharpness_weight",
-    "pretrain.latent_weight", "optimiser.weight_decay",
-    "optimiser.warmup_steps", "optimiser.decay_steps",
+    "objective.wavelet_levels", "pretrain.raw_weight", "pretrain.coarse_weight", "pretrain.sharpening",
+    "pretrain.latent_weight", "optimiser.weight_decay", "optimiser.warmup_steps", "optimiser.decay_steps",
 )  # fmt: skip
 
 
@@ -276,8 +274,6 @@ def _check(config: Config) -> None:
         if levels > most:
             raise ValueError(f"{name}.wavelet_levels = {levels}: expected at most {most}")
     _check_data(config.data)
-    if config.pretrain.sharpness_weight and config.data.crop < LEAST_SIDE:
-        raise ValueError(f"data.crop = {config.data.crop}: expected at least {LEAST_SIDE} with pretrain.sharpness_weight")
     if config.stage == "pretrain" and config.model.trained != "weights":
         raise ValueError("stage = 'pretrain' trains a small model's own weights: set model.trained = 'weights'")
     if config.model.layers < 2:

@@ -61,6 +61,7 @@ def main() -> None:
     address = parser.parse_args().address.rstrip("/")
     chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium") or shutil.which("chromium-browser")
     post(f"{address}/settings", json.dumps(QUIET).encode(), "application/json")
+    upload(address, ROOT / "docs" / "examples" / "lighthouse.png")  # before the page lists the files that there are
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1800, "height": 1000}, device_scale_factor=1.5)
@@ -70,7 +71,7 @@ def main() -> None:
         page.add_style_tag(content=ONLY_THE_GRAPH)
         for help_page in sorted((ROOT / "web" / "docs").glob("*.md")):
             draw_node(page, help_page.stem, ROOT / "web" / "docs" / "images" / f"{help_page.stem}.png")
-        draw_workflow(page, address, ROOT / "docs" / "images" / "workflow.png")
+        draw_workflow(page, ROOT / "docs" / "images" / "workflow.png")
         browser.close()
 
 
@@ -82,9 +83,8 @@ def draw_node(page: Page, name: str, path: Path) -> None:
     page.screenshot(path=path, clip=clip)
 
 
-def draw_workflow(page: Page, address: str, path: Path) -> None:
+def draw_workflow(page: Page, path: Path) -> None:
     """The first workflow, after a run."""
-    upload(address, ROOT / "docs" / "examples" / "lighthouse.png")
     workflow = ROOT / "workflows" / "TSD-SR built-in model.json"
     drawn = json.loads(workflow.read_text())
     for node in drawn["nodes"]:

@@ -118,7 +118,8 @@ def test_two_processes_equal_one(trained, photos, tmp_path, published):
     assert moved > 1e-5
     differences = torch.cat([(one[key] - two[key]).abs().flatten() for key in one])
     assert differences.mean() < 1e-5 * moved
-    assert differences.max() < 0.1 * moved, "AdamW makes much of a rounding error where a gradient is nearly nothing"
+    apart = (differences > 0.1 * moved).double().mean()
+    assert apart < 1e-6, "AdamW makes much of a rounding error where a gradient is nearly nothing: in one weight of millions"
 
 
 def weights_before(out: Path, sources: Sources) -> dict[str, torch.Tensor]:

@@ -101,7 +101,7 @@ def test_two_processes_equal_one(trained, photos, tmp_path, published):
         write_picture(tmp_path / "more" / f"{side}.png", Picture(photo(side, side)))
     arguments = ["--photos", photos, tmp_path / "more", "--device", "cpu"]
     arguments += ["--base", "builtin", "--teacher", BUILTIN] if trained == "weights" else lora_arguments(published)
-    settings = [text for text in SMALL if not text.startswith("run.batch")] + ["run.steps=2"]
+    settings = [text for text in SMALL if not text.startswith("run.batch")] + ["run.steps=2", "run.seed=1"]
     settings += LORA if trained == "lora" else []
     for name, processes, batch in (("one", 1, 2), ("two", 2, 1)):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -118,8 +118,7 @@ def test_two_processes_equal_one(trained, photos, tmp_path, published):
     assert moved > 1e-5
     differences = torch.cat([(one[key] - two[key]).abs().flatten() for key in one])
     assert differences.mean() < 1e-5 * moved
-    apart = (differences > 0.1 * moved).double().mean()
-    assert apart < 1e-6, "AdamW makes much of a rounding error where a gradient is nearly nothing: in one weight of millions"
+    assert differences.max() < 0.1 * moved, "AdamW makes much of a rounding error where a gradient is nearly nothing"
 
 
 def weights_before(out: Path, sources: Sources) -> dict[str, torch.Tensor]:

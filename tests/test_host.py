@@ -179,15 +179,21 @@ def test_alpha_is_enlarged_and_kept(host):
 
 def test_images_of_a_batch_do_not_touch_each_other(host):
     graph = Graph()
-    images = [graph.add("LoadImage", image="photo.png")]
-    images.append(graph.add("ImageInvert", image=(images[0], 0)))
-    batch = graph.add("ImageBatch", image1=(images[0], 0), image2=(images[1], 0))
-    graph, together = builtin_graph((batch, 0), graph, **{"size.factor": 3.0})
-    graph, alone = builtin_graph((images[1], 0), graph, **{"size.factor": 3.0})
+    photo = graph.add("LoadImage", image="photo.png")
+    inverted = graph.add("ImageInvert", image=(photo, 0))
+    saved = []
+    for neighbour in (photo, inverted):
+        batch = graph.add("ImageBatch", image1=(neighbour, 0), image2=(inverted, 0))
+        graph, save = builtin_graph((batch, 0), graph)
+        saved.append(save)
+    graph, alone = builtin_graph((inverted, 0), graph)
     result = host.run(graph)
     assert result.status == "success", result.error
-    assert np.array_equal(result.pictures(together)[1], result.pictures(alone)[0])
-    assert not np.array_equal(result.pictures(together)[0], result.pictures(alone)[0])
+    (beside_photo, first), (beside_itself, second) = (result.pictures(save) for save in saved)
+    assert np.array_equal(first, second), "the same batch but for the neighbour: the same operations, to the bit"
+    assert not np.array_equal(beside_photo, beside_itself)
+    difference = np.abs(first.astype(int) - result.pictures(alone)[0])
+    assert difference.max() <= 1, "a run of another batch size may round an 8-bit value the other way, no more"
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
     python docs/draw_nodes.py http://127.0.0.1:8188
 
-Writes web/docs/images/<node id>.png, and docs/images/workflow.png after running the workflow of the built-in model on
-docs/examples/lighthouse.png. Needs Playwright and a Chromium (CHROMIUM_PATH); the lists of files show what that ComfyUI has.
+Writes web/docs/images/<node id>.png for the help pages that show their node, and docs/images/workflow.png after running the
+first template. Needs Playwright and a Chromium (CHROMIUM_PATH); the lists of files show what that ComfyUI has.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ def main() -> None:
     address = parser.parse_args().address.rstrip("/")
     chromium = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium") or shutil.which("chromium-browser")
     post(f"{address}/settings", json.dumps(QUIET).encode(), "application/json")
-    upload(address, ROOT / "docs" / "examples" / "lighthouse.png")  # before the page lists the files that there are
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1800, "height": 1000}, device_scale_factor=1.5)
@@ -70,7 +69,9 @@ def main() -> None:
         page.wait_for_timeout(3000)
         page.add_style_tag(content=ONLY_THE_GRAPH)
         for help_page in sorted((ROOT / "web" / "docs").glob("*.md")):
-            draw_node(page, help_page.stem, ROOT / "web" / "docs" / "images" / f"{help_page.stem}.png")
+            picture = f"images/{help_page.stem}.png"
+            if f"]({picture})" in help_page.read_text():
+                draw_node(page, help_page.stem, help_page.parent / picture)
         draw_workflow(page, ROOT / "docs" / "images" / "workflow.png")
         browser.close()
 
@@ -85,12 +86,8 @@ def draw_node(page: Page, name: str, path: Path) -> None:
 
 def draw_workflow(page: Page, path: Path) -> None:
     """The first workflow, after a run."""
-    workflow = ROOT / "workflows" / "TSD-SR built-in model.json"
-    drawn = json.loads(workflow.read_text())
-    for node in drawn["nodes"]:
-        if node["type"] == "LoadImage":
-            node["widgets_values"][0] = "lighthouse.png"
-    page.evaluate(OPEN, [json.dumps(drawn), workflow.name])
+    workflow = min((ROOT / "workflows").glob("*.json"))
+    page.evaluate(OPEN, [workflow.read_text(encoding="utf-8"), workflow.name])
     page.wait_for_function("app.graph._nodes.some(n => n.type === 'TSDSRUpscale')")
     page.evaluate("app.queuePrompt(0)")
     page.wait_for_function("app.graph._nodes.find(n => n.type === 'SaveImage').imgs?.length > 0", timeout=600_000)
@@ -98,14 +95,6 @@ def draw_workflow(page: Page, path: Path) -> None:
     left, top, width, height = page.evaluate(FIT)
     page.wait_for_timeout(1000)
     page.screenshot(path=path, clip={"x": left - 20, "y": top - 20, "width": width + 40, "height": height + 40})
-
-
-def upload(address: str, picture: Path) -> None:
-    """Put ``picture`` into the host's input folder."""
-    edge = "tsdsr-picture"
-    head = f'--{edge}\r\nContent-Disposition: form-data; name="image"; filename="{picture.name}"\r\n\r\n'.encode()
-    tail = f'\r\n--{edge}\r\nContent-Disposition: form-data; name="overwrite"\r\n\r\ntrue\r\n--{edge}--\r\n'.encode()
-    post(f"{address}/upload/image", head + picture.read_bytes() + tail, f"multipart/form-data; boundary={edge}")
 
 
 def post(address: str, body: bytes, kind: str) -> None:

@@ -18,19 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsdsr_core.bundle import bundle_path
 from tsdsr_core.colour import wavelet
 from tsdsr_core.flow import schedule
-from tsdsr_core.metrics import psnr_y
-from tsdsr_core.spectrum import sharpness
-from tsdsr_core.train import losses
-from tsdsr_core.train.batch import Batch
-from tsdsr_core.train.build import Sources, build_networks
+from tsdsr_core.metrics.fidelity import psnr_y
+from tsdsr_core.metrics.spectrum import sharpness
 from tsdsr_core.train.checkpoint import read_checkpoint
-from tsdsr_core.train.dasm import plan
-from tsdsr_core.train.data import Mixture, Pairs
-from tsdsr_core.train.networks import FAKE, STUDENT, TEACHER, set_parameters
+from tsdsr_core.train.data.batch import Batch
+from tsdsr_core.train.data.dataset import Mixture, Pairs
+from tsdsr_core.train.networks.build import Sources, build_networks
+from tsdsr_core.train.networks.roles import FAKE, STUDENT, TEACHER, set_parameters
+from tsdsr_core.train.objectives import losses
+from tsdsr_core.train.objectives.trajectory import plan
 from tsdsr_core.train.trainers import latent_of, restored_latent
+from tsdsr_core.weights.bundle import bundle_path
 
 INDICES = (200, 500, 700, 850, 950)
 RESIDUALS = {"VSD": (1.0, False), "TSM, velocities": (0.0, False), "TSM, scores": (0.0, True)}

@@ -20,12 +20,12 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from tsdsr_core.bench import machine, peak_memory, synchronise
-from tsdsr_core.device import DTYPES, choose_device, choose_dtype, free_memory, free_ram, release_memory
-from tsdsr_core.sd3 import VAE_CONFIG
-from tsdsr_core.vae_plan import plan_tiles
-from tsdsr_core.vae_program import decoder_program
-from tsdsr_core.vae_tiled import plan_and_run
+from tsdsr_core.cli.benchmark import machine, peak_memory, synchronise
+from tsdsr_core.sd3.config import VAE_CONFIG
+from tsdsr_core.system.device import DTYPES, choose_device, choose_dtype, free_memory, free_ram, release_memory
+from tsdsr_core.vae.execute import plan_and_run
+from tsdsr_core.vae.plan import plan_tiles
+from tsdsr_core.vae.program import decoder_program
 
 FREE = 2.5e9
 

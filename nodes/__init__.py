@@ -4,11 +4,14 @@
 ``sample``  TSDSROneStep, TSDSRSampler                               ``vae``       TSDSREncode, TSDSRDecode
 ``colour``  TSDSRColorFix                                            ``upscale``   TSDSRUpscale
 ``host``    everything that touches ComfyUI's insides
+``inputs``  inputs that several nodes share                          ``checks``    of inputs, before any work
+``report``  what a node shows after a run                            ``types``     of what the host hands over
 """
 
 from comfy_api.latest import ComfyExtension, io
 
 from .colour import ColorFix
+from .host.examples import copy_examples
 from .host.files import register_folder
 from .load import LoadCheckpoint, LoadLora, LoadPrompt
 from .sample import OneStep, OneStepSamplerNode
@@ -36,6 +39,7 @@ class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes."""
         register_folder()
+        copy_examples()
         return NODES
 
 

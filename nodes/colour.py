@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..tsdsr_core.colour import WAVELET_LEVELS, match_colour
 from ..tsdsr_core.restore import bicubic
 from . import inputs
+from .checks import checked
+from .host import models
 from .host.schema import field, schema
+from .types import Model
 
 
 class ColorFix(io.ComfyNode):
@@ -20,23 +24,40 @@ class ColorFix(io.ComfyNode):
         return schema(
             "TSDSRColorFix",
             "TSD-SR Color Fix",
-            description="Gives a restored picture the colours of the one it was made from. Alpha is kept.",
+            description="Gives a restored image the colours of a reference, usually the original image. Alpha is kept.",
             search_aliases=["color match", "colour fix", "wavelet color fix", "adain"],
             inputs=[
-                field(io.Image, "image", tooltip="The restored picture."),
-                field(io.Image, "reference", tooltip="The picture with the right colours, of any size; one, or one for each."),
-                inputs.colour_fix("the reference"),
+                field(io.Image, "image", tooltip="The restored image or batch."),
+                field(
+                    io.Image,
+                    "reference",
+                    tooltip="The image with the right colours, of any size: one for all images, or one per image.",
+                ),
+                inputs.colour_fix("the reference", automatic="as suits the connected model; 5 without one"),
+                field(
+                    io.Model, "model", optional=True,
+                    tooltip="Optional. The model that restored the image, for its number of wavelet levels.",
+                ),
             ],
             outputs=[io.Image.Output()],
-        )
+            accept_all_inputs=True,  # else a misspelt color_fix is no argument at all
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, image: Any, reference: Any, color_fix: dict[str, Any]) -> io.NodeOutput:
+    @checked
+    def execute(
+        cls, image: Tensor, reference: Tensor, color_fix: dict[str, Any], model: Model | None = None
+    ) -> io.NodeOutput:  # fmt: skip
         content, alpha = inputs.to_core(image)
         style, _ = inputs.to_core(reference)
         if len(style) not in (1, len(content)):
-            raise ValueError(f"{len(style)} references for {len(content)} images: give one, or one for each")
+            raise ValueError(f"reference has {len(style)} images for {len(content)} images: connect one, or one per image")
         style = bicubic(style, (content.shape[2], content.shape[3])).expand_as(content)
-        levels = color_fix.get("wavelet_levels", WAVELET_LEVELS)
-        fixed = match_colour(content, style, color_fix["color_fix"], levels).clamp(0, 1)
-        return io.NodeOutput(inputs.to_host(fixed, alpha))
+        suitable = models.defaults_of(model) if model is not None else {}
+        levels = color_fix.get("wavelet_levels") or suitable.get("wavelet_levels", WAVELET_LEVELS)
+        result = content.new_empty(len(content), *content.shape[2:], 3 if alpha is None else 4)
+        for index, each in enumerate(content.split(1)):  # one by one, so that memory grows by the result alone
+            fixed = match_colour(each, style[index : index + 1], color_fix["color_fix"], levels).clamp(0, 1)
+            opacity = None if alpha is None else alpha[index : index + 1]
+            result[index : index + 1] = inputs.to_host(fixed, opacity)
+        return io.NodeOutput(result)

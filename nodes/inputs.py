@@ -1,4 +1,4 @@
-"""Inputs that several nodes share, with their limits and what they say of themselves."""
+"""Inputs that several nodes share, with their limits and tooltips."""
 
 from __future__ import annotations
 
@@ -8,56 +8,69 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..tsdsr_core.colour import METHODS, WAVELET_LEVELS
-from ..tsdsr_core.memory import TILE_SIDES
-from ..tsdsr_core.tile_plan import OVERLAP, TILE
+from ..tsdsr_core.alpha import spread_colours
+from ..tsdsr_core.colour import METHODS, WAVELET_LEVELS, WAVELET_LEVELS_RANGE
+from ..tsdsr_core.restore import STRENGTH_RANGE, Options
+from ..tsdsr_core.tiles.plan import LEAST_TILE, OVERLAP, TILE, most_overlap
 from .host import running
-from .host.sampling import StepSettings
 from .host.schema import field
 
 PRECISIONS = {"auto": None, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def strength() -> Any:
-    """The dial between faithful and generative."""
+MODEL = "The MODEL output of TSD-SR Load LoRA or TSD-SR Load Checkpoint."
+VAE = "The VAE output of the same loader as the model."
+CONDITIONING = (
+    "The prompt: TSD-SR Load Prompt for SD3, or the CONDITIONING output of TSD-SR Load Checkpoint. CLIP Text Encode with "
+    "SD3's text encoders also works."
+)
+"""Tooltips of inputs that are connections."""
+
+
+def strength(zero: str = "latent unchanged") -> Any:
+    """The dial between faithful and generative; ``zero`` says what is left at 0."""
     return field(
-        io.Float, "strength", default=1.0, min=0.0, max=2.0, step=0.05,
-        tooltip="How much of the step is taken: 1 as published, less stays closer to the input, 0 leaves what the VAE does.",
+        io.Float, "strength", default=1.0, min=STRENGTH_RANGE[0], max=STRENGTH_RANGE[1], step=0.05,
+        tooltip=f"How strongly the image is restored. 1 = full restoration, lower = closer to the original, 0 = {zero}. "
+        "Above 1 exaggerates.",
     )  # fmt: skip
 
 
 def vae_precision(automatic: str) -> Any:
-    """Type of the VAE's weights."""
+    """Precision of the VAE's weights; ``automatic`` says what "auto" becomes."""
     return field(
         io.Combo, "vae_precision", options=list(PRECISIONS), default="auto", advanced=True,
-        tooltip=f"Type of the VAE. bf16 is too coarse for TSD-SR's change of it. auto {automatic}",
+        tooltip=f"Precision of the VAE. fp32 is the most exact, fp16 needs half the memory. auto = {automatic}.",
     )  # fmt: skip
 
 
 def tiling() -> list[Any]:
-    """Tile side, overlap and batch of the transformer."""
+    """Tile size, overlap and batch size of the transformer."""
     return [
         field(
             io.Int, "tile", default=0, min=0, max=384, step=2, advanced=True,
-            tooltip="Side of the transformer's tiles in latent cells (8 pixels each for SD3). 0 takes about 64, which TSD-SR "
-            "was trained on, or less where memory is short.",
+            tooltip="Tile size of the transformer in latent cells (1 cell = 8 pixels for SD3, 4 for the built-in model). "
+            "Larger tiles see more of the image at once but need more memory. 0 = automatic (about 64, smaller if memory is "
+            "limited).",
         ),
         field(
             io.Int, "tile_overlap", default=OVERLAP, min=0, max=128, step=2, advanced=True,
-            tooltip="Least overlap of neighbouring tiles in latent cells. More hides seams better and takes longer.",
+            tooltip="Minimum overlap of neighbouring tiles in latent cells. More overlap hides seams better but is slower.",
         ),
         field(
             io.Int, "tile_batch", default=0, min=0, max=64, advanced=True,
-            tooltip="Tiles that run at once. 0 takes as many as fit into free memory.",
+            tooltip="Number of tiles processed at once. It does not change the image; more is faster but needs more memory. "
+            "0 = automatic (as many as fit in free memory).",
         ),
     ]  # fmt: skip
 
 
 def vae_tile() -> Any:
-    """Side of the VAE's tiles; optional, since saved workflows may not have it."""
+    """Tile size of the VAE; optional, since saved workflows may not have it."""
     return field(
         io.Int, "vae_tile", default=0, min=0, max=8192, step=16, optional=True, advanced=True,
-        tooltip="Greatest side of the VAE's tiles in pixels; the result is the same. 0 takes what suits the memory.",
+        tooltip="Maximum tile size of the VAE in pixels. It does not change the image; smaller tiles need less memory. "
+        "0 = automatic (chosen to fit in memory).",
     )  # fmt: skip
 
 
@@ -65,54 +78,65 @@ def prompt_tokens() -> Any:
     """How many tokens of the prompt to keep; optional, since saved workflows may not have it."""
     return field(
         io.Int, "prompt_tokens", default=0, min=0, max=4096, optional=True, advanced=True,
-        tooltip="Keeps only so many of the prompt's tokens, those that differ most: quicker, not as published. 0 keeps all.",
+        tooltip="Number of prompt tokens to keep. Fewer is faster but changes the image; the tokens that differ most "
+        "from each other are kept. 0 = all (as published).",
     )  # fmt: skip
 
 
-def colour_fix(source: str, levels: int = WAVELET_LEVELS, automatic: str = "") -> Any:
-    """The colour fix from ``source``, with the one setting that one of them has; ``levels`` is its default."""
+def colour_fix(source: str, automatic: str) -> Any:
+    """The choice of colour fix, and the number of wavelet levels.
+
+    Args:
+        source: what the colours come from, such as "the input".
+        automatic: the number of levels that 0 stands for.
+    """
     wavelet_levels = field(
-        io.Int, "wavelet_levels", default=levels, min=min(levels, 1), max=8, advanced=True,
-        tooltip=f"More levels take only the broadest colours from {source}. 5 is the published value.{automatic}",
+        io.Int, "wavelet_levels", default=0, min=0, max=WAVELET_LEVELS_RANGE[1], advanced=True,
+        tooltip=f"Fewer levels keep finer colour detail of {source}, more levels only the colours of large areas. "
+        f"{WAVELET_LEVELS} = as published. 0 = automatic ({automatic}).",
     )  # fmt: skip
     return field(
         io.DynamicCombo, "color_fix",
         options=[io.DynamicCombo.Option(name, [wavelet_levels] if name == "wavelet" else []) for name in METHODS],
-        tooltip=f"What is taken from {source}: with wavelet the low frequencies, with adain mean and contrast of each colour, "
-        "with lab the mean lightness and mean and contrast of the chroma, with none nothing.",
+        tooltip=f"Corrects colours that the restoration has shifted. wavelet: keeps the colours of {source} (safest). "
+        f"adain: matches the overall colour and contrast of {source}. lab: matches overall brightness and tint, keeps the "
+        "restored contrast. none: no correction.",
     )  # fmt: skip
 
 
-def step_settings(strength: float, tile: int, tile_overlap: int, tile_batch: int) -> StepSettings:
-    """The checked settings.
+def step_options(strength: float, tile: int, tile_overlap: int, tile_batch: int) -> Options:
+    """The checked options of the step.
 
     Raises:
-        ValueError: for a tile too small to see anything, or an overlap that is not below the tile.
+        ValueError: for a tile size below the minimum, or an overlap that makes too many tiles.
     """
-    if 0 < tile < TILE_SIDES[-1]:
-        raise ValueError(f"tile {tile}: expected 0 for automatic, or at least {TILE_SIDES[-1]}")
-    side = tile or TILE
-    if tile_overlap >= side:
-        raise ValueError(f"tile_overlap {tile_overlap} is not below tile {side}: make it smaller")
-    return StepSettings(strength, tile, tile_overlap, tile_batch)
+    if 0 < tile < LEAST_TILE:
+        raise ValueError(f"tile {tile}: expected 0 (automatic) or at least {LEAST_TILE}")
+    for name, value in (("tile", tile), ("tile_overlap", tile_overlap)):
+        if value % 2:
+            raise ValueError(
+                f"{name} {value}: expected an even number, because the transformer works on patches of 2x2 latent cells"
+            )
+    most = most_overlap(tile or TILE)
+    if tile_overlap > most:
+        named = f"tile {tile}" if tile else f"the automatic tile size {TILE}"
+        raise ValueError(f"tile_overlap {tile_overlap}: expected at most {most}, three quarters of {named}")
+    return Options(strength=strength, tile=tile or None, tile_overlap=tile_overlap, tile_batch=tile_batch or None)
 
 
 def to_core(image: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A host IMAGE ``(B, H, W, 1, 3 or 4)`` as ``(B, 3, H, W)`` in 0..1 and its alpha ``(B, 1, H, W)`` or None.
+    """A checked IMAGE ``(B, H, W, 1, 3 or 4)`` as ``(B, 3, H, W)`` in 0..1 and its alpha ``(B, 1, H, W)`` or None.
 
-    Both on the host's device for results, wherever the picture comes from.
-
-    Raises:
-        ValueError: for another shape, an empty batch, NaN or infinite pixels.
+    Both are on the host's device for results, and views of ``image`` where nothing had to change: a clip is large.
+    Transparent areas take the visible colours next to them.
     """
-    if image.ndim == 4 and image.shape[-1] == 1:
-        image = image.expand(-1, -1, -1, 3)
-    if image.ndim != 4 or image.shape[-1] not in (3, 4) or 0 in image.shape:
-        raise ValueError(f"the image has the shape {tuple(image.shape)}: expected (batch, height, width, 3 or 4), not empty")
-    if not torch.isfinite(image).all():
-        raise ValueError("the image has NaN or infinite pixels: check the node before")
-    channels = image.to(running.results_device(), torch.float32).movedim(-1, 1).clamp(0, 1)
-    return channels[:, :3], channels[:, 3:] if channels.shape[1] == 4 else None
+    channels = image.to(running.results_device(), torch.float32).movedim(-1, 1)
+    low, high = channels.aminmax()
+    if low < 0 or high > 1:
+        channels = channels.clamp(0, 1)
+    alpha = channels[:, 3:] if channels.shape[1] == 4 else None
+    rgb = channels.expand(-1, 3, -1, -1) if channels.shape[1] == 1 else channels[:, :3]
+    return spread_colours(rgb, alpha), alpha
 
 
 def to_host(image: Tensor, alpha: Tensor | None) -> Tensor:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..tsdsr_core.bundle import BUILTIN, find_lora
-from ..tsdsr_core.lora import TRANSFORMER_FILE, VAE_FILE
-from ..tsdsr_core.prompt import POOLED_FILE, TOKENS_FILE, load_prompt
+from ..tsdsr_core.weights.bundle import BUILTIN, find_lora
+from ..tsdsr_core.weights.lora import TRANSFORMER_FILE, VAE_FILE
+from ..tsdsr_core.weights.prompt import POOLED_FILE, TOKENS_FILE, load_prompt, pair_of
+from ..tsdsr_core.weights.reading import PICKLED, SUFFIXES
 from . import inputs
+from .checks import checked
 from .host import files, loras, models
 from .host.schema import field, schema
+from .types import Model, Vae
 
 _LORAS = ("loras", files.FOLDER)
 _PROMPTS = (files.FOLDER, "embeddings")
@@ -19,9 +23,40 @@ _BUNDLES = (files.FOLDER, "checkpoints")
 _BUILTIN_NAME = "built-in model (no download)"
 
 
-def _likely(names: list[str], published: str) -> str | None:
-    """The first of ``names`` that is called like the published file, in whichever folder."""
-    return next((name for name in names if name.split("/")[-1] == published), None)
+_NO_FILES = "no files found:"
+
+
+def _choices(names: list[str], published: str, wanted: str) -> dict[str, Any]:
+    """Options and default of a list of files: ``published``, in any folder, where there is one.
+
+    An empty list would only say "Value not in list"; instead, its one entry says what to do.
+
+    Args:
+        wanted: what to put where, for that entry.
+    """
+    names = names or [f"{_NO_FILES} put {wanted}, then press R"]
+    return {"options": names, "default": next((name for name in names if name.split("/")[-1].lower() == published), None)}
+
+
+def _find(folders: tuple[str, ...], field_name: str, name: str) -> Path:
+    if name.startswith(_NO_FILES):
+        raise ValueError(f"{field_name}: {name}")
+    return files.find(folders, name)
+
+
+def _prompts() -> list[str]:
+    """Safetensors files, and the first file of each complete pair of ``.pt`` files."""
+    names = files.names(_PROMPTS, (*SUFFIXES, PICKLED))
+    return [name for name in names if not name.lower().endswith(PICKLED) or _begins_a_pair(name)]
+
+
+def _begins_a_pair(name: str) -> bool:
+    try:
+        path = files.find(_PROMPTS, name)
+        pair = pair_of(path)
+    except (ValueError, OSError):  # gone since it was listed, or in a folder that cannot be read
+        return False
+    return pair is not None and pair[0] == path and pair[1].is_file()
 
 
 class LoadLora(io.ComfyNode):
@@ -29,32 +64,36 @@ class LoadLora(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = files.names(_LORAS, (".safetensors",))
+        names = files.names(_LORAS)
+        where = "Put it into models/loras or a subfolder, such as models/loras/tsdsr, then press R to refresh the list."
         return schema(
             "TSDSRLoadLora",
             "TSD-SR Load LoRA",
-            description="Patches Stable Diffusion 3 medium and its VAE with the two LoRA files of TSD-SR.",
-            search_aliases=["tsdsr lora", "tsd-sr", "one-step upscaler", "super resolution"],
+            description="Applies the two TSD-SR LoRA files to Stable Diffusion 3 medium and to its VAE.",
+            search_aliases=["tsdsr lora", "tsd-sr lora"],
             inputs=[
-                field(io.Model, "model", tooltip="Stable Diffusion 3 medium."),
-                field(io.Vae, "vae", tooltip="The VAE of Stable Diffusion 3."),
+                field(io.Model, "model", tooltip="Stable Diffusion 3 medium, from Load Checkpoint or Load Diffusion Model."),
+                field(io.Vae, "vae", tooltip="The VAE of Stable Diffusion 3, from Load Checkpoint or Load VAE."),
                 field(
-                    io.Combo, "transformer_lora", options=names, default=_likely(names, TRANSFORMER_FILE),
-                    tooltip="transformer.safetensors of TSD-SR, in models/loras (a subfolder is fine).",
+                    io.Combo, "transformer_lora",
+                    **_choices(names, TRANSFORMER_FILE, f"{TRANSFORMER_FILE} of TSD-SR into models/loras"),
+                    tooltip=f"{TRANSFORMER_FILE} of TSD-SR. {where}",
                 ),
                 field(
-                    io.Combo, "vae_lora", options=names, default=_likely(names, VAE_FILE),
-                    tooltip="vae.safetensors of TSD-SR, in models/loras (a subfolder is fine).",
+                    io.Combo, "vae_lora", **_choices(names, VAE_FILE, f"{VAE_FILE} of TSD-SR into models/loras"),
+                    tooltip=f"{VAE_FILE} of TSD-SR. {where}",
                 ),
                 field(
                     io.Float, "transformer_strength", default=1.0, min=0.0, max=2.0, step=0.05, advanced=True,
-                    tooltip="Strength of the transformer's LoRA; 1 as published.",
+                    tooltip="Strength of the LoRA that restores the image. 1 = as published, 0 = without it.",
                 ),
                 field(
                     io.Float, "vae_strength", default=1.0, min=0.0, max=2.0, step=0.05, advanced=True,
-                    tooltip="Strength of the VAE encoder's LoRA; 1 as published.",
+                    tooltip="Strength of the LoRA that helps the VAE read degraded images. 1 = as published, 0 = without it.",
                 ),
-                inputs.vae_precision("keeps what it is; if that is bf16, it takes fp16 on a GPU and fp32 on the CPU."),
+                inputs.vae_precision(
+                    "as loaded, except bf16, which is too coarse for the LoRA and becomes fp16 on a GPU, fp32 on the CPU"
+                ),
             ],
             outputs=[io.Model.Output(), io.Vae.Output()],
         )  # fmt: skip
@@ -64,15 +103,17 @@ class LoadLora(io.ComfyNode):
         return files.state(_LORAS, transformer_lora), files.state(_LORAS, vae_lora)
 
     @classmethod
+    @checked
     def execute(
-        cls, model: Any, vae: Any, transformer_lora: str, vae_lora: str, transformer_strength: float, vae_strength: float,
+        cls, model: Model, vae: Vae, transformer_lora: str, vae_lora: str, transformer_strength: float, vae_strength: float,
         vae_precision: str,
     ) -> io.NodeOutput:  # fmt: skip
+        models.check_sd3(model)
+        models.check_vae(vae, model)
         parsed = [
-            find_lora(files.find(_LORAS, name), target)
+            find_lora(_find(_LORAS, f"{target}_lora", name), target)
             for name, target in ((transformer_lora, "transformer"), (vae_lora, "vae"))
         ]
-        models.check_sd3(model)
         patched_vae = loras.patch_vae(vae, parsed[1], vae_strength, inputs.PRECISIONS[vae_precision])
         return io.NodeOutput(loras.patch_model(model, parsed[0], transformer_strength), patched_vae)
 
@@ -82,19 +123,17 @@ class LoadPrompt(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = [
-            name for name in files.names(_PROMPTS, (".safetensors", ".pt")) if name.endswith((TOKENS_FILE, ".safetensors"))
-        ]
         return schema(
             "TSDSRLoadPrompt",
             "TSD-SR Load Prompt",
-            description="Loads the prompt embeddings that TSD-SR was trained with. No text encoder is needed.",
+            description="Loads the prompt embeddings that TSD-SR was trained with, so that no text encoder is needed.",
             search_aliases=["tsdsr prompt", "prompt embeddings", "prompt_embeds.pt"],
             inputs=[
                 field(
-                    io.Combo, "prompt", options=names, default=_likely(names, TOKENS_FILE),
-                    tooltip=f"{TOKENS_FILE} with {POOLED_FILE} beside it, or one safetensors file; in models/tsdsr or "
-                    "models/embeddings.",
+                    io.Combo, "prompt",
+                    **_choices(_prompts(), TOKENS_FILE, f"{TOKENS_FILE} and {POOLED_FILE} of TSD-SR into models/tsdsr"),
+                    tooltip=f"{TOKENS_FILE} of TSD-SR. Put it into models/tsdsr (or models/embeddings) together with "
+                    f"{POOLED_FILE}, then press R to refresh the list. A TSD-SR bundle also works.",
                 ),
                 inputs.prompt_tokens(),
             ],
@@ -103,13 +142,16 @@ class LoadPrompt(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, prompt: str | None, **others: Any) -> Any:
-        pooled = prompt and prompt.removesuffix(TOKENS_FILE) + POOLED_FILE
-        return files.state(_PROMPTS, prompt), files.state(_PROMPTS, pooled)
+        try:
+            path = files.find(_PROMPTS, prompt or "")
+            return [files.stamp(each) for each in pair_of(path) or (path,)]
+        except (ValueError, OSError):  # gone, or in a folder that cannot be read
+            return []
 
     @classmethod
+    @checked
     def execute(cls, prompt: str, prompt_tokens: int = 0) -> io.NodeOutput:
-        path = files.find(_PROMPTS, prompt)
-        embeds = load_prompt(path.parent if path.suffix == ".pt" else path)
+        embeds = load_prompt(_find(_PROMPTS, "prompt", prompt))
         return io.NodeOutput(models.to_conditioning(embeds.pruned(prompt_tokens) if prompt_tokens else embeds))
 
 
@@ -121,16 +163,16 @@ class LoadCheckpoint(io.ComfyNode):
         return schema(
             "TSDSRLoadCheckpoint",
             "TSD-SR Load Checkpoint",
-            description="Loads a whole one-step restorer: the small built-in model, or a bundle with everything in one file.",
-            search_aliases=["tsdsr checkpoint", "tsdsr model", "built-in upscaler", "super resolution"],
+            description="Loads a complete TSD-SR model: the small built-in model, or a bundle with everything in one file.",
+            search_aliases=["tsdsr checkpoint", "tsdsr model", "tsdsr bundle", "load checkpoint"],
             inputs=[
                 field(
-                    io.Combo, "checkpoint", options=[_BUILTIN_NAME, *files.names(_BUNDLES, (".safetensors",))],
+                    io.Combo, "checkpoint", options=[_BUILTIN_NAME, *files.names(_BUNDLES)],
                     default=_BUILTIN_NAME,
-                    tooltip="The built-in model, or a TSD-SR bundle in models/tsdsr or models/checkpoints (made by TSD-SR "
-                    "Save Checkpoint or the command tsdsr bundle --merge).",
+                    tooltip="The built-in model (nothing to download), or a TSD-SR bundle in models/tsdsr or "
+                    "models/checkpoints. TSD-SR Save Checkpoint and the command tsdsr bundle --merge make bundles.",
                 ),
-                inputs.vae_precision("takes fp16 on a GPU and fp32 on the CPU."),
+                inputs.vae_precision("fp16 on a GPU, fp32 on the CPU"),
             ],
             outputs=[io.Model.Output(), io.Vae.Output(), io.Conditioning.Output()],
         )  # fmt: skip
@@ -140,6 +182,7 @@ class LoadCheckpoint(io.ComfyNode):
         return "" if checkpoint == _BUILTIN_NAME else files.state(_BUNDLES, checkpoint)
 
     @classmethod
+    @checked
     def execute(cls, checkpoint: str, vae_precision: str) -> io.NodeOutput:
         path = BUILTIN if checkpoint == _BUILTIN_NAME else files.find(_BUNDLES, checkpoint)
         return io.NodeOutput(*models.load_bundle(path, inputs.PRECISIONS[vae_precision]))

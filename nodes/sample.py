@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from comfy_api.latest import io
 
 from . import inputs
+from .checks import checked
+from .host import models
 from .host.sampling import OneStepSampler, run_one_step
 from .host.schema import field, schema
+from .types import Conditioning, Latent, Model
 
 
 class OneStep(io.ComfyNode):
@@ -19,12 +20,12 @@ class OneStep(io.ComfyNode):
         return schema(
             "TSDSROneStep",
             "TSD-SR One Step",
-            description="Restores a latent in one step. The latent is the enlarged picture, encoded with TSD-SR's VAE.",
-            search_aliases=["tsdsr", "one-step restore", "latent super resolution"],
+            description="Restores a latent in one step. The latent is the enlarged image, encoded with the TSD-SR VAE.",
+            search_aliases=["tsdsr step", "restore latent", "latent super resolution"],
             inputs=[
-                field(io.Model, "model", tooltip="SD3 with the TSD-SR LoRA, or a TSD-SR checkpoint's model."),
-                field(io.Conditioning, "conditioning", tooltip="The prompt of TSD-SR, or any prompt of SD3."),
-                field(io.Latent, "latent", tooltip="The enlarged picture from TSD-SR Encode, with the VAE of the same loader."),
+                field(io.Model, "model", tooltip=inputs.MODEL),
+                field(io.Conditioning, "conditioning", tooltip=inputs.CONDITIONING),
+                field(io.Latent, "latent", tooltip="The enlarged image from TSD-SR Encode, with the VAE of the same loader."),
                 inputs.strength(),
                 *inputs.tiling(),
             ],
@@ -32,11 +33,14 @@ class OneStep(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
-        cls, model: Any, conditioning: Any, latent: dict[str, Any], strength: float, tile: int, tile_overlap: int,
+        cls, model: Model, conditioning: Conditioning, latent: Latent, strength: float, tile: int, tile_overlap: int,
         tile_batch: int,
     ) -> io.NodeOutput:  # fmt: skip
-        settings = inputs.step_settings(strength, tile, tile_overlap, tile_batch)
+        models.check_sd3(model)
+        models.check_factor(latent.get(models.FACTOR), model)
+        settings = inputs.step_options(strength, tile, tile_overlap, tile_batch)
         samples = run_one_step(model, conditioning, latent["samples"], settings, latent.get("noise_mask"))
         return io.NodeOutput({**latent, "samples": samples})
 
@@ -49,12 +53,14 @@ class OneStepSamplerNode(io.ComfyNode):
         return schema(
             "TSDSRSampler",
             "TSD-SR Sampler",
-            description="The one step for SamplerCustomAdvanced. Give it sigmas of one step, 1 to 0, and no noise.",
+            description="The TSD-SR step as a sampler for SamplerCustomAdvanced. Use it with DisableNoise and "
+            "BasicScheduler (1 step, denoise 1).",
             search_aliases=["tsdsr sampler"],
             inputs=[inputs.strength(), *inputs.tiling()],
             outputs=[io.Sampler.Output()],
         )
 
     @classmethod
+    @checked
     def execute(cls, strength: float, tile: int, tile_overlap: int, tile_batch: int) -> io.NodeOutput:
-        return io.NodeOutput(OneStepSampler(inputs.step_settings(strength, tile, tile_overlap, tile_batch)))
+        return io.NodeOutput(OneStepSampler(inputs.step_options(strength, tile, tile_overlap, tile_batch)))

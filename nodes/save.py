@@ -1,15 +1,16 @@
-"""Saving a whole restorer as one file."""
+"""Saving model, VAE and prompt as one file."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from ..tsdsr_core.bundle import write_bundle
-from .host import files, sampling, saving
+from ..tsdsr_core.weights.bundle import write_bundle
+from . import inputs
+from .checks import checked
+from .host import files, models, running, sampling, saving
 from .host.schema import field, schema
+from .types import Conditioning, Model, Vae
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -22,27 +23,38 @@ class SaveCheckpoint(io.ComfyNode):
         return schema(
             "TSDSRSaveCheckpoint",
             "TSD-SR Save Checkpoint",
-            description="Writes model, VAE and prompt into one file with all LoRAs merged. TSD-SR Load Checkpoint and the "
-            "command tsdsr read it. A file that contains Stable Diffusion 3 stays under its licence.",
+            description="Saves model, VAE and prompt as one file, with all LoRAs merged. TSD-SR Load Checkpoint and the tsdsr "
+            "command can load it. A file that contains Stable Diffusion 3 is covered by the licence of that model.",
             search_aliases=["tsdsr bundle", "merge lora"],
             inputs=[
-                field(io.Model, "model", tooltip="SD3 with the TSD-SR LoRA, or a TSD-SR checkpoint's model."),
-                field(io.Vae, "vae", tooltip="The VAE from the same loader as the model."),
-                field(io.Conditioning, "conditioning", tooltip="The prompt of TSD-SR, or one prompt of SD3."),
+                field(io.Model, "model", tooltip=inputs.MODEL),
+                field(io.Vae, "vae", tooltip=inputs.VAE),
+                field(io.Conditioning, "conditioning", tooltip=inputs.CONDITIONING),
                 field(
                     io.String, "filename_prefix", default="checkpoints/tsdsr",
-                    tooltip="In the output folder. Press R, and the loader lists what lies in its subfolder checkpoints.",
+                    tooltip="File name in the output folder, with subfolders; a number is added. TSD-SR Load Checkpoint lists "
+                    "files in output/checkpoints after you press R.",
                 ),
-                field(io.Combo, "dtype", options=list(_DTYPES), default="fp16", advanced=True, tooltip="Type of the weights."),
+                field(
+                    io.Combo, "dtype", options=list(_DTYPES), default="fp16", advanced=True,
+                    tooltip="Precision of the saved weights. fp16 = half the size of fp32, fp32 = exact. With bf16, the VAE is "
+                    "saved as fp16, because bf16 is too coarse for it.",
+                ),
             ],
             outputs=[],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: Any, vae: Any, conditioning: Any, filename_prefix: str, dtype: str) -> io.NodeOutput:
+    @checked
+    def execute(cls, model: Model, vae: Vae, conditioning: Conditioning, filename_prefix: str, dtype: str) -> io.NodeOutput:
         sampling.check_model(model)
         sampling.check_conditioning(conditioning, model)
+        models.check_vae(vae, model)
+        files.output_prefix(filename_prefix)  # reports a bad prefix before the work
+        bundle = saving.to_bundle(model, vae, conditioning, _DTYPES[dtype], {"made by": "TSDSRSaveCheckpoint"})
         path, shown = files.new_output(filename_prefix)
-        write_bundle(path, saving.to_bundle(model, vae, conditioning, _DTYPES[dtype], {"made by": "TSDSRSaveCheckpoint"}))
-        return io.NodeOutput(ui={"text": [shown]})
+        write_bundle(path, bundle)
+        running.show_text(cls, shown)
+        return io.NodeOutput(ui=ui.PreviewText(shown))

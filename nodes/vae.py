@@ -1,20 +1,20 @@
-"""Encoding and decoding pictures of any size."""
+"""Encoding and decoding images of any size."""
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from comfy_api.latest import io
+from torch import Tensor
 
-from ..tsdsr_core.geometry import plan_target
+from ..tsdsr_core.image_size import plan_target
 from ..tsdsr_core.restore import from_pixels, to_pixels
 from . import inputs
-from .host import running
+from .checks import checked
+from .host import models, placement, running
 from .host import vae as host_vae
 from .host.schema import field, schema
+from .types import Latent, Vae
 
-_SIZE = "tsdsr_size"
-"""Entry of a LATENT with the (height, width) in pixels that it was encoded from, before padding."""
 _PATCH = 2
 
 
@@ -26,24 +26,34 @@ class Encode(io.ComfyNode):
         return schema(
             "TSDSREncode",
             "TSD-SR Encode",
-            description="Encodes a picture of any size, in tiles that give what one piece would. Nothing is cropped: sides "
-            "that do not fit the model are padded, and TSD-SR Decode takes the padding away again.",
+            description="Encodes an image of any size to a latent, in tiles but with the same result as in one piece. Nothing "
+            "is cropped: sizes that do not fit the model are padded, and TSD-SR Decode removes the padding.",
             search_aliases=["tsdsr vae encode", "tiled vae encode"],
             inputs=[
-                field(io.Image, "image", tooltip="One picture or a batch, of any size; enlarge it first. Alpha is left out."),
-                field(io.Vae, "vae", tooltip="The VAE from the same loader as the model."),
+                field(
+                    io.Image,
+                    "image",
+                    tooltip="One image or a batch of any size, already enlarged to the final size. Alpha is ignored.",
+                ),
+                field(io.Vae, "vae", tooltip="The VAE output of TSD-SR Load LoRA or TSD-SR Load Checkpoint."),
                 inputs.vae_tile(),
             ],
             outputs=[io.Latent.Output()],
         )
 
     @classmethod
-    def execute(cls, image: Any, vae: Any, vae_tile: int = 0) -> io.NodeOutput:
+    @checked
+    def execute(cls, image: Tensor, vae: Vae, vae_tile: int = 0) -> io.NodeOutput:
+        models.check_vae(vae)
         rgb, _ = inputs.to_core(image)
-        size = plan_target((rgb.shape[2], rgb.shape[3]), host_vae.factor_of(vae) * _PATCH, process_size=0)
+        factor = host_vae.factor_of(vae)
+        size = plan_target((rgb.shape[2], rgb.shape[3]), factor * _PATCH, process_size=0)
         progress = running.Progress(len(rgb) * host_vae.UNITS)
-        latents = host_vae.encode(vae, to_pixels(rgb, size), progress, vae_tile or None)
-        return io.NodeOutput({"samples": latents, _SIZE: size.work})
+        latents = torch.cat([host_vae.encode(vae, to_pixels(each, size), progress, vae_tile or None) for each in rgb.split(1)])
+        latent = {"samples": latents, models.FACTOR: factor}
+        if size.padded != size.work:
+            latent[placement.KEY] = placement.Placement(latents, size.work, factor)
+        return io.NodeOutput(latent)
 
 
 class Decode(io.ComfyNode):
@@ -54,25 +64,35 @@ class Decode(io.ComfyNode):
         return schema(
             "TSDSRDecode",
             "TSD-SR Decode",
-            description="Decodes a latent of any size, in tiles that give what one piece would: no seams, no change of tone.",
+            description="Decodes a latent of any size to an image, in tiles but with the same result as in one piece: no "
+            "seams, no colour shift.",
             search_aliases=["tsdsr vae decode", "tiled vae decode"],
             inputs=[
-                field(io.Latent, "latent", tooltip="A latent of any size."),
-                field(io.Vae, "vae", tooltip="The VAE from the same loader as the model."),
+                field(io.Latent, "latent", tooltip="The latent to decode, of any size."),
+                field(io.Vae, "vae", tooltip="The VAE output of TSD-SR Load LoRA or TSD-SR Load Checkpoint."),
                 inputs.vae_tile(),
             ],
             outputs=[io.Image.Output()],
         )
 
     @classmethod
-    def execute(cls, latent: dict[str, Any], vae: Any, vae_tile: int = 0) -> io.NodeOutput:
+    @checked
+    def execute(cls, latent: Latent, vae: Vae, vae_tile: int = 0) -> io.NodeOutput:
+        models.check_vae(vae)
         samples = latent["samples"]
         factor = host_vae.factor_of(vae)
-        padded = samples.shape[2] * factor, samples.shape[3] * factor
-        work = latent.get(_SIZE, padded)
-        size = plan_target(work, factor * _PATCH, process_size=0)
-        if size.padded != padded:  # another node changed the latent's size
-            size = plan_target(padded, 1, process_size=0)
-        progress = running.Progress(len(samples) * host_vae.UNITS)
-        pixels = host_vae.decode(vae, samples, progress, vae_tile or None)
-        return io.NodeOutput(inputs.to_host(from_pixels(pixels, size), None))
+        if (own := latent.get(models.FACTOR, factor)) != factor:
+            raise ValueError(
+                f"the latent was encoded with {own} pixels per cell, but the VAE has {factor}: connect the VAE of TSD-SR Encode"
+            )
+        progress = running.Progress(samples.shape[0] * host_vae.UNITS)
+        host_vae.check_latents(vae, samples)
+        top, left, height, width = placement.image_area(latent, factor)
+        size = plan_target((height, width), 1, process_size=0)
+        result = torch.empty(len(samples), height, width, 3, device=running.results_device())
+        for index, each in enumerate(samples.split(1)):  # one by one, so that memory grows by the result alone
+            pixels = host_vae.decode(vae, each, progress, vae_tile or None)
+            result[index : index + 1] = inputs.to_host(
+                from_pixels(pixels[:, :, top : top + height, left : left + width], size), None
+            )
+        return io.NodeOutput(result)

@@ -1,11 +1,33 @@
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from tsdsr_core.cli import main
+
+from . import frontend
 from . import host as host_module
 from .host import Host
 from .host_graphs import SD3, make_sd3
+from .perceptual_files import Packages, make_packages
 from .tiny import Published, make_published, photo
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this system does not have."""
+    for item in items:
+        if item.get_closest_marker("posix") and sys.platform == "win32":
+            item.add_marker(pytest.mark.skip(reason="Windows has no pipes, signals, file size limits or such file names"))
+        if item.get_closest_marker("linux") and sys.platform != "linux":
+            item.add_marker(pytest.mark.skip(reason="only on Linux is a file name any bytes"))
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Each test draws the same numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -15,17 +37,37 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
 
 
 @pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
+    """Random weights in archives of the layouts that perceptual weights come from; read-only."""
+    return make_packages(tmp_path_factory.mktemp("packages"))
+
+
+@pytest.fixture(scope="session")
+def perceptual_weights(packages: Packages, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that ``tsdsr perceptual-weights`` makes of them; read-only."""
+    path = tmp_path_factory.mktemp("perceptual") / "perceptual.safetensors"
+    assert main(["perceptual-weights", "--lpips", str(packages.lpips), "--dists", str(packages.dists), "-o", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory):
     """A running ComfyUI with a few pictures; the test is skipped where none is installed."""
-    from tsdsr_core.image_io import Picture, write_picture
+    from tsdsr_core.images.files import Picture, write_picture
 
     found = host_module.find()
     if found is None:
         pytest.skip("no ComfyUI: set COMFYUI_PATH, and COMFYUI_PYTHON where it has no .venv")
     server = Host(*found, tmp_path_factory.mktemp("host"))
-    for name in ("example", "photos/a"):
-        write_picture(server.base / "input" / f"{name}.png", Picture(photo(16, 20)))
-    write_picture(server.base / "input" / "photos" / "b.png", Picture(photo(21, 17)))
+    small = {
+        "tsdsr_lighthouse": (16, 20),
+        "tsdsr_grainy": (20, 16),
+        "tsdsr_photos/lighthouse": (16, 20),
+        "tsdsr_photos/parrots": (21, 17),
+    }
+    for name, size in small.items():  # in place of the examples
+        write_picture(server.base / "input" / f"{name}.png", Picture(photo(*size)))
+    (server.base / "input" / "tsdsr_photos" / "window.png").unlink()
     shutil.copy(host_module.ROOT / "tests" / "data" / "lq-light" / "lighthouse.png", server.base / "input" / "lighthouse.png")
     write_picture(server.base / "input" / "photo.png", Picture(photo(44, 52, 3)))
     write_picture(server.base / "input" / "large.png", Picture(photo(512, 512, 4)))
@@ -38,3 +80,29 @@ def host(tmp_path_factory: pytest.TempPathFactory):
 def sd3(host: Host) -> SD3:
     """Random weights in SD3's layout, where the host finds them."""
     return make_sd3(host)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A Chromium; the test is skipped where there is none, or no package of the frontend."""
+    if frontend.SKIPPED:
+        pytest.skip(frontend.SKIPPED)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=frontend.CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module", params=["recorded", "host"])
+def page(request: pytest.FixtureRequest, browser):
+    """The frontend, ready, as ``frontend.open_page`` gives it."""
+    address = None
+    if request.param == "host":
+        server = request.getfixturevalue("host")
+        server.post("/settings", frontend.SETTINGS)
+        address = f"http://127.0.0.1:{server.port}/"
+    page = frontend.open_page(browser, address)
+    yield page
+    page.close()

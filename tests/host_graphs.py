@@ -15,10 +15,10 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tsdsr_core.diffusers_models import load_folder
-from tsdsr_core.lora import load_lora
-from tsdsr_core.prompt import load_prompt
-from tsdsr_core.sd3 import VAE_CONFIG
+from tsdsr_core.sd3.config import VAE_CONFIG
+from tsdsr_core.sd3.models import load_folder
+from tsdsr_core.weights.lora import load_lora
+from tsdsr_core.weights.prompt import load_prompt
 
 from . import host as host_module
 from .host import Graph, Host
@@ -63,8 +63,10 @@ def make_sd3(host: Host) -> SD3:
     found.embeddings.mkdir(parents=True)
     for model, targets, name in ((transformer, TRANSFORMER_TARGETS, "transformer"), (vae, VAE_TARGETS, "vae")):
         model.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=targets))
-        tensors = {key: 0.3 * tensor for key, tensor in randomised_lora(model).items()}
-        save_file(tensors, found.loras / f"{name}.safetensors")
+        for pair in (found.loras, found.loras.with_name("tsdsr-mse")):
+            pair.mkdir(exist_ok=True)
+            tensors = {key: 0.3 * tensor for key, tensor in randomised_lora(model).items()}
+            save_file(tensors, pair / f"{name}.safetensors")
     torch.save(torch.randn(1, 9, 4096), found.embeddings / "prompt_embeds.pt")
     torch.save(torch.randn(1, 2048), found.embeddings / "pool_embeds.pt")
     for path in found.embeddings.iterdir():

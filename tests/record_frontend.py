@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 from playwright.sync_api import sync_playwright
 
 from . import host as host_module
+from .frontend import CHROMIUM, READY, RECORDED, SETTINGS
 from .host import Host
-from .test_browser import CHROMIUM, READY, RECORDED, SETTINGS
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from . import host as host_module
@@ -55,7 +55,7 @@ def as_required(inputs) -> dict:
 
 
 def make_schema(node_id, display_name, category, description, search_aliases, inputs, outputs, is_output_node=False,
-                essentials_category=None):  # fmt: skip
+                essentials_category=None, accept_all_inputs=False, hidden=()):  # fmt: skip
     """``io.Schema`` as ``/object_info`` tells of it."""
     return {
         "name": node_id, "display_name": display_name, "category": category, "description": description,
@@ -67,7 +67,7 @@ def make_schema(node_id, display_name, category, description, search_aliases, in
 def schemas(monkeypatch) -> dict[str, dict]:
     """All nodes by id."""
     io = Anything("io")
-    io.Schema, io.ComfyNode = make_schema, object
+    io.Schema, io.ComfyNode, io.Hidden = make_schema, object, SimpleNamespace(unique_id="UNIQUE_ID")
     for name, kind in TYPES.items():
         setattr(io, name, Kind(kind))
     latest = Anything("comfy_api.latest")

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsdsr_core.bundle import BUILTIN, read_bundle
-from tsdsr_core.diffusers_models import load_builtin
-from tsdsr_core.image_io import read_picture
-from tsdsr_core.metrics import psnr_y, ssim_y
+from tsdsr_core.images.files import read_picture
+from tsdsr_core.metrics.fidelity import psnr_y, ssim_y
 from tsdsr_core.restore import Options, bicubic, restore
+from tsdsr_core.sd3.models import load_builtin
+from tsdsr_core.weights.bundle import BUILTIN, read_bundle
 
 DATA = Path(__file__).parent / "data"
 

@@ -6,11 +6,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tsdsr_core.bundle import METADATA_KEY, Bundle, is_bundle, read_bundle, read_description, vae_weights, write_bundle
-from tsdsr_core.diffusers_models import load_bundle, load_folder, merged_bundle
-from tsdsr_core.lora import load_lora
-from tsdsr_core.prompt import PromptEmbeds, load_prompt
 from tsdsr_core.restore import Options, restore
+from tsdsr_core.sd3.models import load_folder, merged_bundle, model_from_bundle
+from tsdsr_core.weights.bundle import METADATA_KEY, Bundle, is_bundle, read_bundle, read_description, vae_weights, write_bundle
+from tsdsr_core.weights.lora import load_lora
+from tsdsr_core.weights.prompt import PromptEmbeds, load_prompt
 
 from .tiny import Published, photo
 
@@ -55,13 +55,13 @@ def test_a_preview_of_other_channels_is_refused(rows, merged, tmp_path):
     write_bundle(tmp_path / "good.safetensors", replace(bundle, preview=[[0.5, -0.5, 0.0]] * 17))
     assert read_bundle(tmp_path / "good.safetensors").preview == [[0.5, -0.5, 0.0]] * 17
     write_bundle(tmp_path / "bad.safetensors", replace(bundle, preview=rows))
-    with pytest.raises(ValueError, match="preview is not a row of 3 numbers"):
+    with pytest.raises(ValueError, match="preview: expected rows of 3 numbers"):
         read_bundle(tmp_path / "bad.safetensors")
 
 
 def test_a_merged_bundle_restores_as_the_folder_it_came_from(merged):
     model, path = merged
-    again = load_bundle(read_bundle(path), CPU, torch.float32)
+    again = model_from_bundle(read_bundle(path), CPU, torch.float32)
     low, options = photo(30, 20), Options(process_size=0)
     difference = restore(low, again.restorer(), options) - restore(low, model.restorer(), options)
     assert difference.abs().max() <= 1e-5
@@ -75,7 +75,7 @@ def test_bf16_keeps_a_small_lora_of_the_vae(published, tmp_path):
     write_bundle(tmp_path / "b.safetensors", merged_bundle(model.transformer, model.vae, prompt, torch.bfloat16, {}, {}))
     bundle = read_bundle(tmp_path / "b.safetensors")
     assert {weight.dtype for weight in bundle.transformer.values()} == {torch.bfloat16}
-    stored = load_bundle(bundle, CPU, torch.bfloat16).vae.state_dict()
+    stored = model_from_bundle(bundle, CPU, torch.bfloat16).vae.state_dict()
     merged = model.vae.state_dict()
     adapted = [f"{name}.weight" for name in loras_of(published)[1].pairs]
     change = torch.cat([(merged[name] - base[name]).flatten() for name in adapted])
@@ -100,8 +100,8 @@ def test_a_vae_beyond_16_bits_is_stored_in_32(dtype):
 
 def test_kinds_are_not_mixed_up(merged, lora_bundle):
     with pytest.raises(ValueError, match="holds only LoRAs"):
-        load_bundle(lora_bundle, CPU, torch.float32)
-    with pytest.raises(ValueError, match="holds merged weights, no LoRAs"):
+        model_from_bundle(lora_bundle, CPU, torch.float32)
+    with pytest.raises(ValueError, match="holds merged weights, not LoRAs"):
         read_bundle(merged[1]).loras()
 
 
@@ -128,7 +128,7 @@ def rewrite(source, target, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=4), "version 4, this program reads up to 3: update"),
+        (lambda d: d.update(version=4), "version 4, this program reads up to version 3: update"),
         (lambda d: d.update(version="new"), "no version"),
         (lambda d: d.update(kind="zip"), "kind 'zip'"),
         (lambda d: d.pop("vae_config"), "vae_config is missing"),
@@ -154,7 +154,7 @@ def test_foreign_metadata_is_refused(change, message, merged, tmp_path):
 def test_weights_that_do_not_match_the_configuration_are_refused(change, merged, tmp_path):
     rewrite(merged[1], tmp_path / "b.safetensors", change)
     with pytest.raises(ValueError, match="does not match its configuration"):
-        load_bundle(read_bundle(tmp_path / "b.safetensors"), CPU, torch.float32)
+        model_from_bundle(read_bundle(tmp_path / "b.safetensors"), CPU, torch.float32)
 
 
 def test_other_safetensors_are_no_bundles(published):
@@ -169,7 +169,7 @@ def test_missing_parts_are_damage(merged, tmp_path):
         metadata = file.metadata()
     tensors = {key: value for key, value in load_file(merged[1]).items() if not key.startswith("vae.")}
     save_file(tensors, tmp_path / "b.safetensors", metadata)
-    with pytest.raises(ValueError, match="lacks the prompt embeddings, the transformer or the VAE"):
+    with pytest.raises(ValueError, match="is damaged: expected prompt embeddings, a transformer, a VAE and nothing else"):
         read_bundle(tmp_path / "b.safetensors")
 
 
@@ -179,7 +179,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, lora_bund
     before = path.read_bytes()
     prompt = PromptEmbeds(torch.zeros(1, 2, 3), torch.zeros(1, 4))
     with pytest.raises(TypeError):
-        write_bundle(path, Bundle("lora", prompt, {}, {}, notes={1j: "not JSON"}))
+        write_bundle(path, Bundle("lora", prompt, {}, {}, notes={1j: "not valid JSON"}))
     shared = torch.zeros(4)
     with pytest.raises(RuntimeError):  # tensors that share memory cannot be written
         write_bundle(path, Bundle("lora", prompt, {"a": shared, "b": shared}, {}))

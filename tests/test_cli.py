@@ -14,16 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from tsdsr_core import diffusers_models, vae_tiled
-from tsdsr_core.bundle import read_bundle
+from tsdsr_core.cli import arguments as shared_arguments
 from tsdsr_core.cli import main
-from tsdsr_core.commands import model_options
-from tsdsr_core.commands import upscale as upscale_command
-from tsdsr_core.diffusers_models import DiffusersModel
-from tsdsr_core.image_io import Picture, read_picture, write_picture
+from tsdsr_core.cli import upscale as upscale_command
+from tsdsr_core.images.files import Picture, read_picture, write_picture
+from tsdsr_core.sd3 import models as sd3_models
+from tsdsr_core.sd3.models import DiffusersModel
+from tsdsr_core.vae import execute as vae_execute
+from tsdsr_core.weights.bundle import read_bundle
 
 from . import oracle
-from .tiny import Published, photo
+from .tiny import Published, disc, photo
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,6 +70,7 @@ def test_json_reports_every_file(pictures, tmp_path, capsys):
     assert "bad.png" in files[3]["error"]
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("fix", ["wavelet", "adain", "none"])
 def test_the_official_recipe_writes_the_published_picture(fix, published, tmp_path):
     low = 0.1 * photo(130, 136) + 0.4 if fix == "adain" else photo(130, 136)
@@ -105,7 +107,7 @@ def test_bundle_says_what_is_missing_and_stores_notes(published, tmp_path, capsy
     for arguments, message in (
         (["-o", out], "expected --lora-dir"),
         (["--merge", *loras, "-o", out], "--merge needs --model"),
-        ([*loras, "-o", str(tmp_path / "b.bin")], "is a .safetensors file"),
+        ([*loras, "-o", str(tmp_path / "b.bin")], "expected a name that ends in .safetensors"),
         ([*loras, "-o", out, "--note", "oops"], "KEY=TEXT"),
         ([*loras, "-o", out, "--lora-strength", "0.5"], "strengths"),
     ):
@@ -132,13 +134,13 @@ def test_bundle_says_what_is_missing_and_stores_notes(published, tmp_path, capsy
         (["{in}/0.png", "-o", "{out}", "--recipe", "official", "--scale", "1.5"], "whole number"),
         (["{in}/0.png", "-o", "{out}", "--device", "abacus"], "abacus"),
         (["{in}/0.png", "-o", "{out}", "--memory", "0"], "--memory 0: expected a number of GB above 0"),
-        (["{in}/0.png", "-o", "{out}", "--memory", "4", "--device", "cpu"], "--memory 4: goes with a GPU"),
+        (["{in}/0.png", "-o", "{out}", "--memory", "4", "--device", "cpu"], "--memory 4 applies to GPUs only"),
         (["{in}/0.png", "-o", "{out}", "--model", "{in}/no.safetensors"], "no.safetensors"),
         (["{in}/0.png", "-o", "{out}", "--model", "{in}/0.png"], "not a safetensors file"),
         (["{in}/0.png", "-o", "{out}", "--model", "{in}"], "--lora-dir"),
-        (["{in}/0.png", "-o", "{out}", "--lora-dir", "{in}"], "go with an SD3 folder"),
+        (["{in}/0.png", "-o", "{out}", "--lora-dir", "{in}"], "need an SD3 folder"),
         (["{in}/0.png", "{in}/1.png", "-o", "{out}/x.png"], "expected a folder"),
-        (["{in}", "-o", "{in}"], "over an input"),
+        (["{in}", "-o", "{in}"], "overwrite an input"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_one_line(arguments, message, pictures, tmp_path, capsys):
@@ -194,6 +196,30 @@ def test_alpha_is_enlarged_and_reattached(tmp_path):
     assert not (tmp_path / "b.jpg").exists()
 
 
+@pytest.mark.parametrize("soft", [0, 1])
+def test_a_transparent_edge_has_no_fringe(soft, tmp_path):
+    """White over hidden black, judged over white, grey and black."""
+    rgb, alpha = disc(48, soft)
+    write_picture(tmp_path / "a.png", Picture(rgb, alpha=alpha))
+    assert upscale(tmp_path / "a.png", "-o", tmp_path / "b.png") == 0
+    result = Image.open(tmp_path / "b.png")
+    for background in (255, 128, 0):
+        found, wanted = (np.array(over(image, background)).astype(int) for image in (result, white_like(result)))
+        assert np.abs(found - wanted).max() <= 5, background
+    assert np.array(over(result, 255)).min() >= 250
+
+
+def over(image: Image.Image, background: int) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", image.size, (background,) * 3 + (255,)), image)
+
+
+def white_like(image: Image.Image) -> Image.Image:
+    """All white, with the alpha of ``image``."""
+    white = Image.new("RGBA", image.size, "white")
+    white.putalpha(image.getchannel("A"))
+    return white
+
+
 def test_greyscale_stays_grey(tmp_path):
     Image.fromarray((photo(20, 20)[0, 0].numpy() * 255).astype(np.uint8)).save(tmp_path / "g.png")
     assert upscale(tmp_path / "g.png", "-o", tmp_path / "h.png", "--scale", "2") == 0
@@ -205,6 +231,7 @@ def run(*arguments: str, **options) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, **options)
 
 
+@pytest.mark.posix
 def test_an_interrupt_leaves_whole_files_only(tmp_path):
     for index in range(30):
         write_picture(tmp_path / "in" / f"{index:02}.png", Picture(photo(100, 100, index)))
@@ -225,6 +252,7 @@ def test_an_interrupt_leaves_whole_files_only(tmp_path):
         assert Image.open(tmp_path / "out" / name).size == (400, 400), "a partial file was left"
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize(("processes", "count"), [(2, 3), (3, 2)])
 def test_processes_share_a_folder_out(processes, count, pictures, tmp_path):
     for path in sorted(pictures.iterdir())[count:]:
@@ -272,8 +300,8 @@ def test_every_setting_changes_the_picture(one, other, published, pictures, tmp_
 
 
 def test_tiles_of_the_vae_change_nothing(published, pictures, tmp_path, monkeypatch):
-    tiles, run = [], vae_tiled.run
-    monkeypatch.setattr(vae_tiled, "run", lambda *given: tiles.append(given[2].tiles) or run(*given))
+    tiles, run = [], vae_execute.run
+    monkeypatch.setattr(vae_execute, "run", lambda *given: tiles.append(given[2].tiles) or run(*given))
     arguments = [pictures / "0.png", *official(published), "--scale", "1"]
     whole = result_of(tmp_path / "a.png", *arguments)
     assert np.abs(result_of(tmp_path / "b.png", *arguments, "--vae-tile", "16") - whole).max() <= 1, "rounding to 8 bit"
@@ -283,7 +311,7 @@ def test_tiles_of_the_vae_change_nothing(published, pictures, tmp_path, monkeypa
 def test_a_picture_beyond_the_memory_is_refused_and_the_others_are_done(pictures, tmp_path, capsys, monkeypatch):
     picture = photo(64, 96)
     write_picture(pictures / "large.png", Picture(picture))
-    monkeypatch.setattr(diffusers_models, "free_ram", lambda: 2 * 10**6)
+    monkeypatch.setattr(sd3_models, "free_ram", lambda: 2 * 10**6)
     assert upscale(pictures, "-o", tmp_path / "out", "--scale", "1") == 1
     assert "large.png: the VAE needs" in capsys.readouterr().err
     assert len(list((tmp_path / "out").iterdir())) == 3
@@ -291,13 +319,13 @@ def test_a_picture_beyond_the_memory_is_refused_and_the_others_are_done(pictures
 
 def test_the_memory_that_a_person_allows_is_planned_with(published, pictures, tmp_path, monkeypatch):
     """On a device with much more; the maps then lie in host memory, and the picture stays what it is."""
-    plans, asked, run = [], [], vae_tiled.run
+    plans, asked, run = [], [], vae_execute.run
     arguments = [pictures / "0.png", *official(published), "--scale", "1", "--tile", "64"]
     whole = result_of(tmp_path / "a.png", *arguments)
-    monkeypatch.setattr(vae_tiled, "run", lambda *given: plans.append(given[2]) or run(*given))
+    monkeypatch.setattr(vae_execute, "run", lambda *given: plans.append(given[2]) or run(*given))
     monkeypatch.setattr(upscale_command, "memory_limit", lambda options, device: int(options.memory * 1e9))
-    monkeypatch.setattr(model_options, "held_memory", lambda device: 10**6)
-    monkeypatch.setattr(diffusers_models, "free_memory", lambda device, limit: asked.append(limit) or min(10**9, limit - 10**6))
+    monkeypatch.setattr(shared_arguments, "held_memory", lambda device: 10**6)
+    monkeypatch.setattr(sd3_models, "free_memory", lambda device, limit: asked.append(limit) or min(10**9, limit - 10**6))
     for memory, place in (("0.5", "device"), ("0.002", "host")):
         result = result_of(tmp_path / f"{place}.png", *arguments, "--memory", memory)
         assert np.abs(result - whole).max() <= 1, "rounding to 8 bit"
@@ -309,7 +337,7 @@ def test_the_memory_that_a_person_allows_is_planned_with(published, pictures, tm
 
 def test_a_limit_below_the_weights_is_named(published, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(upscale_command, "memory_limit", lambda options, device: 4 * 10**9)
-    monkeypatch.setattr(model_options, "held_memory", lambda device: 4170 * 10**6)
+    monkeypatch.setattr(shared_arguments, "held_memory", lambda device: 4170 * 10**6)
     assert upscale(pictures / "0.png", "-o", tmp_path / "x.png", *official(published), "--memory", "4") == 2
     assert "--memory 4: the weights alone take 4.2 GB" in capsys.readouterr().err
 
@@ -319,7 +347,7 @@ def test_the_tile_batch_is_how_many_tiles_run_at_once(published, pictures, tmp_p
     monkeypatch.setattr(DiffusersModel, "velocity", lambda self, z: sizes.append(len(z)) or velocity(self, z))
     arguments = [pictures / "2.png", *official(published), "--scale", "1", "--tile", "32", "--tile-overlap", "0"]
     result_of(tmp_path / "a.png", *arguments, "--tile-batch", "3")
-    assert sizes == [3, 1]
+    assert sizes == [2, 2]
 
 
 def test_a_seed_and_strengths_that_cannot_be_are_refused(published, pictures, tmp_path, capsys):
@@ -341,7 +369,7 @@ def test_results_too_large_for_their_format_are_refused_before_the_work(tmp_path
     write_picture(tmp_path / "long.png", Picture(photo(1, 2000)))
     monkeypatch.setattr(DiffusersModel, "decode", None)
     assert upscale(tmp_path / "long.png", "-o", tmp_path / "x.webp", "--scale", "16") == 1
-    assert "WEBP holds at most 16383 pixels a side" in capsys.readouterr().err
+    assert "WEBP supports at most 16383 pixels a side" in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_made_is_no_traceback(published, pictures, capsys):
@@ -383,7 +411,7 @@ def test_info_tells_what_files_are(published, tmp_path, capsys):
     for weights in (tmp_path / "empty").rglob("*.safetensors"):
         weights.unlink()
     assert main(["info", str(tmp_path / "empty")]) == 2
-    assert "weights are missing" in capsys.readouterr().err
+    assert "has no weights" in capsys.readouterr().err
     assert main(["info", str(published.loras / "vae.safetensors"), *model]) == 0
     assert "31 modules of rank 4" in capsys.readouterr().out
     for path in (tmp_path, ROOT / "pyproject.toml", tmp_path / "none"):
@@ -393,3 +421,34 @@ def test_info_tells_what_files_are(published, tmp_path, capsys):
 def test_python_dash_m_is_the_same_command():
     process = run("-m", "tsdsr_core", "--version", stdout=subprocess.PIPE)
     assert process.communicate(timeout=60)[0].decode().startswith("tsdsr 0.")
+
+
+def test_a_bug_is_no_mistake_of_the_user(pictures, tmp_path, capsys, monkeypatch):
+    """It shows where it is, costs one image alone, and the others are restored; outside of images it ends the command."""
+    spread = upscale_command.spread_colours
+
+    def broken(rgb, alpha):
+        if rgb.shape[-1] == 40:
+            raise ValueError("a bug")
+        return spread(rgb, alpha)
+
+    monkeypatch.setattr(upscale_command, "spread_colours", broken)
+    assert upscale(pictures, "-o", tmp_path / "out", "--scale", "1") == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert "1.png: internal error, please report it with the lines above: ValueError('a bug')" in error
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "2.png"]
+    monkeypatch.setattr(upscale_command, "collect", lambda inputs: int("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        upscale(pictures, "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_debug_shows_where_an_error_arose(debug, pictures, tmp_path, capsys):
+    (pictures / "bad.png").write_bytes(b"\x89PNG broken")
+    assert main(["upscale", str(pictures), "-o", str(tmp_path / "out"), "--scale", "1", *debug]) == 1
+    assert ("Traceback" in capsys.readouterr().err) == bool(debug)
+    assert main(["info", str(pictures / "no.safetensors"), *debug]) == 2
+    assert ("Traceback" in capsys.readouterr().err) == bool(debug)
+    assert main(["train", *debug, str(pictures / "no.toml"), "--photos", "x", "--out", "y"]) == 2
+    assert ("Traceback" in capsys.readouterr().err) == bool(debug)

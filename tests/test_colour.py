@@ -9,6 +9,7 @@ from . import oracle
 from .tiny import photo
 
 
+@pytest.mark.rounding
 def test_wavelet_equals_the_sum_of_detail_bands():
     content, style = photo(70, 90, 1), photo(70, 90, 2)
     assert (wavelet(content, style) - oracle.wavelet(content, style)).abs().max() <= 1e-6
@@ -22,6 +23,7 @@ def test_strips_give_what_the_whole_picture_gives(levels, monkeypatch):
     assert (wavelet(content, style, levels) - whole).abs().max() < 1e-6
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (3, 2)])
 def test_wavelet_holds_for_pictures_smaller_than_its_kernel(size):
     content, style = torch.rand(1, 3, *size), torch.rand(1, 3, *size)
@@ -76,3 +78,10 @@ def test_one_pixel_has_no_deviation_to_divide_by():
 def test_an_unknown_method_is_named():
     with pytest.raises(ValueError, match="'rainbow'"):
         match_colour(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4), "rainbow")
+
+
+@pytest.mark.parametrize("levels", [0, -1, 11, 2.0, None])
+def test_impossible_wavelet_levels_are_named(levels):
+    """None would give the reference back: a picture that was not restored."""
+    with pytest.raises(ValueError, match=f"wavelet levels {levels}: expected a whole number from 1 to 10"):
+        match_colour(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4), "wavelet", levels)

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from tsdsr_core.image_io import Picture, write_picture
-from tsdsr_core.train import data, sources
-from tsdsr_core.train.data import Mixture, Pairs
-from tsdsr_core.train.loader import loader
-from tsdsr_core.train.randomness import generator_for
-from tsdsr_core.train.sources import Photos
+from tsdsr_core.errors import InputError
+from tsdsr_core.images.files import Picture, write_picture
+from tsdsr_core.train.data import dataset as data
+from tsdsr_core.train.data import photos as photos_module
+from tsdsr_core.train.data.dataset import Mixture, Pairs
+from tsdsr_core.train.data.loader import loader
+from tsdsr_core.train.data.photos import Photos
+from tsdsr_core.train.data.randomness import generator_for
 
 from .tiny import photo
 
@@ -220,7 +222,7 @@ def test_folders_are_drawn_from_by_their_weights(tmp_path, quick):
     assert shares(Pairs([red, blue], MIXTURE, 0), 400) == pytest.approx(80, abs=32), "each picture as often as any other"
 
 
-def test_presets_and_synthetic_pictures_have_their_shares(tmp_path, quick):
+def test_presets_and_synthetic_images_have_their_shares(tmp_path, quick):
     red = colour(tmp_path / "red", "r", "red")
     mixture = Mixture(32, 4, (("light", 1.0), ("heavy", 3.0)), 0.25)
     assert shares(Pairs([red], mixture, 0), 400) == pytest.approx(300, abs=35)
@@ -254,7 +256,7 @@ def test_what_a_worker_found_damaged_is_not_reported_again(photos, caplog):
 def test_errors_in_workers_stay_one_line(workers):
     class Broken(torch.utils.data.Dataset):
         def __getitem__(self, index):
-            raise ValueError(f"no sample {index}")
+            raise InputError(f"no sample {index}")
 
     with pytest.raises(ValueError, match=r"^no sample 4$"):
         next(loader(Broken(), 2, 4, 0, 1, workers))
@@ -274,14 +276,14 @@ def test_pictures_that_do_not_serve_are_counted_in_one_line(photos, caplog):
     dataset = Pairs([photos], MIXTURE, seed=0)
     assert [path.name for path in dataset.sources[0].paths] == ["0.png", "1.png", "2.png"]
     (record,) = caplog.records
-    assert "2 pictures below 96x96 pixels, 2 grey ones" in record.getMessage()
+    assert "left out images: 2 below 96x96 pixels, 2 grey" in record.getMessage()
 
 
 def test_folders_without_pictures_are_named(tmp_path, photos):
     (tmp_path / "empty").mkdir()
     for folders, message in (
         ([], "no folder"),
-        ([photos, tmp_path / "empty"], "empty: a folder without pictures"),
+        ([photos, tmp_path / "empty"], "empty: no images in this folder"),
         ([tmp_path / "none"], "none: no such file"),
         ([fill(tmp_path / "small", 2, (40, 300))], "no colour image of at least 96x96 pixels in .*small"),
     ):
@@ -291,7 +293,7 @@ def test_folders_without_pictures_are_named(tmp_path, photos):
 
 def test_weights_that_cannot_be_are_named(photos):
     for folders, message in (
-        ([(photos, 1.0), photos], "1 of 2 folders have weights"),
+        ([(photos, 1.0), photos], "1 of 2 folders have a weight"),
         ([(photos, 0.0)], r"weights \[0.0\]"),
         ([(photos, float("nan"))], r"weights \[nan\]"),
     ):
@@ -300,13 +302,13 @@ def test_weights_that_cannot_be_are_named(photos):
 
 
 def test_photographs_have_no_captions(photos):
-    with pytest.raises(ValueError, match=r"no captions for .*photos: .*prepare --captions"):
+    with pytest.raises(ValueError, match=r"no captions in .*photos: .*prepare --captions"):
         Pairs([photos], MIXTURE, seed=0, captions=True)
 
 
 def test_the_latest_photographs_are_kept_up_to_a_number_of_bytes(photos, monkeypatch):
-    decoded, read = [], sources.read_pixels
-    monkeypatch.setattr(sources, "read_pixels", lambda path: decoded.append(path.name) or read(path))
+    decoded, read = [], photos_module.read_pixels
+    monkeypatch.setattr(photos_module, "read_pixels", lambda path: decoded.append(path.name) or read(path))
     folder = Photos(photos, SMALLEST, cache_bytes=2 * 3 * 110 * 130)
     for position in (0, 1, 0, 2, 0, 1):
         expected = (photo(110, 130, position)[0] * 255).round().byte()

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from tsdsr_core.train import kernels
-from tsdsr_core.train.degradations import PRESETS, degrade, jpeg, poisson
+from tsdsr_core.train.data import kernels
+from tsdsr_core.train.data.degradations import PRESETS, compress_jpeg, degrade, poisson
 
 from .tiny import photo
 
@@ -72,7 +72,7 @@ def test_the_sinc_filter_is_a_low_pass_with_its_cutoff():
 def test_noise_has_the_wanted_deviation():
     import dataclasses
 
-    from tsdsr_core.train.degradations import _noise
+    from tsdsr_core.train.data.degradations import _noise
 
     stage = dataclasses.replace(PRESETS["light"].stages[0], noise_sigma=(10.0, 10.0), grey_noise_probability=0.0)
     grey = torch.full((3, 200, 200), 0.5)
@@ -89,7 +89,7 @@ def test_noise_has_the_wanted_deviation():
 
 def test_jpeg_damages_more_at_lower_quality():
     image = photo(64, 64)[0]
-    errors = [(jpeg(image, quality) - image).abs().mean().item() for quality in (95, 60, 20)]
+    errors = [(compress_jpeg(image, quality) - image).abs().mean().item() for quality in (95, 60, 20)]
     assert errors[0] < errors[1] < errors[2]
 
 

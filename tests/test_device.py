@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tsdsr_core.device import choose_device, choose_dtype, free_memory, held_memory
+from tsdsr_core.system.device import choose_device, choose_dtype, free_memory, held_memory
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,9 @@ def test_a_device_that_is_not_there_is_named(kind, monkeypatch):
     monkeypatch.setattr(getattr(torch, kind), "device_count", lambda: 2)
     assert choose_device(kind) == torch.device(kind)
     assert choose_device(f"{kind}:1") == torch.device(kind, 1)
-    with pytest.raises(ValueError, match=f"device '{kind}:9' is not available here: {kind} has 2, counted from 0"):
+    with pytest.raises(
+        ValueError, match=f"device '{kind}:9' is not available on this machine: it has 2 {kind} devices, from 0"
+    ):
         choose_device(f"{kind}:9")
 
 
@@ -41,6 +43,23 @@ def test_what_torch_caches_counts_as_free(kind, monkeypatch):
     assert free_memory(device) == 30
     assert held_memory(device) == 40
     assert [free_memory(device, limit) for limit in (30, 40, 55, 70, 1000)] == [0, 0, 15, 30, 30]
+
+
+def test_a_device_that_cannot_tell_what_is_free_has_what_this_program_does_not_hold(monkeypatch):
+    """Integrated Intel GPUs: of 100 bytes torch holds 50, 10 of them in its cache."""
+
+    def unknown(device):
+        raise RuntimeError("The device (Intel(R) Arc(TM) Graphics) doesn't support querying the available free memory.")
+
+    device = torch.device("xpu")
+    properties = type("Properties", (), {"total_memory": 100})
+    for name, value in {"memory_reserved": 50, "memory_allocated": 40, "get_device_properties": properties}.items():
+        monkeypatch.setattr(torch.xpu, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.xpu, "mem_get_info", unknown)
+    assert free_memory(device) == 60
+    monkeypatch.setattr(torch.cuda, "mem_get_info", unknown)
+    with pytest.raises(RuntimeError, match="querying"):
+        free_memory(torch.device("cuda"))
 
 
 def test_so_it_does_on_a_mac(monkeypatch):

@@ -8,11 +8,13 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
-from tsdsr_core.diffusers_models import DiffusersModel, check_folder, folder_shapes, load_folder
-from tsdsr_core.fold import fold
-from tsdsr_core.lora import load_lora
-from tsdsr_core.prompt import PromptEmbeds, load_prompt
 from tsdsr_core.restore import Options, restore
+from tsdsr_core.sd3 import models
+from tsdsr_core.sd3.fold import fold
+from tsdsr_core.sd3.folder import check_folder, folder_shapes
+from tsdsr_core.sd3.models import DiffusersModel, load_folder
+from tsdsr_core.weights.lora import load_lora
+from tsdsr_core.weights.prompt import PromptEmbeds, load_prompt
 
 from .tiny import TRANSFORMER, Published, photo
 
@@ -30,6 +32,7 @@ def test_geometry_comes_from_the_configuration(published):
     assert (model.vae_factor, model.patch, model.longest_side, model.scaling_factor) == (8, 2, 192, 1.5305)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.06)])
 def test_half_precision_stays_close_to_fp32(dtype, tolerance, published):
     low = photo(24, 30)
@@ -43,6 +46,13 @@ def test_the_vae_never_runs_in_bf16(published):
     assert {p.dtype for p in model.transformer.parameters()} == {torch.bfloat16}
 
 
+def memory_wanted(model: DiffusersModel) -> float:
+    """GB that the check before the work finds missing for a picture that fits nowhere."""
+    with pytest.raises(MemoryError, match="the VAE needs") as caught:
+        model.restorer().check_memory(2**20, 2**20)
+    return float(str(caught.value).split()[3])
+
+
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_a_vae_that_overflows_in_fp16_runs_in_fp32_from_then_on(part, published, caplog):
     model = load(published, torch.float16)
@@ -52,16 +62,33 @@ def test_a_vae_that_overflows_in_fp16_runs_in_fp32_from_then_on(part, published,
             half = getattr(each.vae, part)
             half.conv_in.weight.mul_(1e5)  # group normalisation takes the factor out again, in fp32
     low = photo(24, 24)
+    before = memory_wanted(model)
     with caplog.at_level(logging.WARNING):
         result = restore(low, model.restorer(), SMALL)
     assert f"the VAE {part} overflowed" in caplog.text
     expected = restore(low, exact.restorer(), SMALL)
     assert (result - expected).abs().max() < 0.05
+    assert before < memory_wanted(model) <= memory_wanted(exact), "what is asked for before the work is what the run takes"
     caplog.clear()
     assert torch.equal(restore(low, model.restorer(), SMALL), result), "the second picture takes the same way, in one run"
     assert not caplog.records
     found = {name: {p.dtype for p in getattr(model.vae, name).parameters()} for name in ("encoder", "decoder")}
     assert found == {name: {torch.float32 if name == part else torch.float16} for name in found}
+
+
+def test_vae_weights_beyond_fp16_stay_in_fp32(published, tmp_path, caplog):
+    shutil.copytree(published.sd3, tmp_path / "sd3")
+    path = tmp_path / "sd3" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_in.weight"] *= 1e6
+    save_file(weights, path)
+    prompt, low = load_prompt(published.embeddings), photo(24, 24)
+    with caplog.at_level(logging.WARNING):
+        model = load_folder(tmp_path / "sd3", None, prompt, CPU, torch.float16)
+    assert "the VAE decoder has weights beyond float16" in caplog.text
+    exact = load_folder(tmp_path / "sd3", None, prompt, CPU, torch.float32)
+    assert (restore(low, model.restorer(), SMALL) - restore(low, exact.restorer(), SMALL)).abs().max() < 0.05
+    assert next(model.vae.encoder.parameters()).dtype == torch.float16
 
 
 def test_a_sampled_posterior_follows_its_seed(published):
@@ -74,6 +101,7 @@ def test_a_sampled_posterior_follows_its_seed(published):
         model.restorer("mean")
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("folded", [False, True])
 def test_torch_compiles_the_transformer(folded, published, monkeypatch):
     """By its own tracer; the graphs then run as they are, since not every machine has a compiler for them."""
@@ -90,7 +118,7 @@ def test_torch_compiles_the_transformer(folded, published, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=take))
     model.compile()
     for _ in range(2):
-        assert (model.velocity(z) - expected).abs().max() <= 1e-6 * expected.abs().max()
+        assert (model.velocity(z) - expected).abs().max() <= 3e-6 * expected.abs().max()
     assert sum(len(graph) for graph in graphs) > 50, "the blocks went through the tracer"
     assert model.compiled is not None, "it did not fail"
 
@@ -107,7 +135,9 @@ def test_a_compiler_that_fails_is_done_without(published, caplog, monkeypatch):
     model.compile()
     for _ in range(2):
         assert torch.equal(restore(low, model.restorer(), SMALL), expected)
-    assert [record.getMessage() for record in caplog.records] == ["torch.compile failed, going on without it: no compiler here"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "torch.compile failed, continuing without it: no compiler here"
+    ]
     assert len(calls) == 1
 
 
@@ -213,3 +243,11 @@ def test_odd_configurations_are_named(text, published, tmp_path):
 def test_folder_shapes_come_without_weights(published):
     shapes = folder_shapes(published.sd3, "vae")
     assert shapes["encoder.conv_in"] == (8, 3, 3, 3)
+
+
+def test_too_little_memory_is_said_before_any_work(published, monkeypatch):
+    model = load(published)
+    monkeypatch.setattr(models, "free_ram", lambda: 10**6)
+    monkeypatch.setattr(DiffusersModel, "_run_half", lambda *_: pytest.fail("there was work"))
+    with pytest.raises(MemoryError, match=r"the VAE needs .* GB of memory for an image of this size, 0\.0 GB are free"):
+        restore(photo(64, 64), model.restorer(), Options())

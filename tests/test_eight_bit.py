@@ -7,13 +7,13 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
-from tsdsr_core.bundle import METADATA_KEY, read_bundle, read_description, write_bundle
 from tsdsr_core.cli import main
-from tsdsr_core.diffusers_models import load_bundle
-from tsdsr_core.eight_bit import SCALE, STORED, dequantise, is_matrix, quantise
-from tsdsr_core.fold import NoEmbedding, empty
 from tsdsr_core.restore import Options, restore
-from tsdsr_core.sd3 import TRANSFORMER_CONFIG
+from tsdsr_core.sd3.config import TRANSFORMER_CONFIG
+from tsdsr_core.sd3.fold import FoldedEmbedding, fold_structure
+from tsdsr_core.sd3.models import model_from_bundle
+from tsdsr_core.weights.bundle import METADATA_KEY, read_bundle, read_description, write_bundle
+from tsdsr_core.weights.float8 import SCALE, STORED, dequantise, is_matrix, quantise
 
 from .tiny import TRANSFORMER, photo
 
@@ -81,14 +81,14 @@ def test_the_matrices_are_all_of_attention_and_feed_forward():
 def test_values_that_8_bits_cannot_hold_are_named(value):
     keys = [QUERY.replace("to_q", name) for name in ("to_q", *REST)]
     weights = {key: torch.tensor([[1.0, value if key == keys[1] else 2.0]]) for key in keys}
-    with pytest.raises(ValueError, match=rf"NaN or infinite values in {keys[1]}, which"):
+    with pytest.raises(ValueError, match=rf"NaN or infinite values in {keys[1]}: the model is damaged"):
         quantise(weights, torch.float16)
 
 
 def test_a_folded_sd3_medium_is_about_half_of_its_fp16():
     with torch.device("meta"):
         model = SD3Transformer2DModel(**TRANSFORMER_CONFIG)
-    empty(model)
+    fold_structure(model)
     sizes = {key: weight.numel() for key, weight in model.state_dict().items()}
     eight = sum(size * (1 if is_matrix(key) else 2) for key, size in sizes.items())
     assert (round(2 * sum(sizes.values()) / 1e6), round(eight / 1e6)) == (2805, 1467)
@@ -141,7 +141,7 @@ def test_a_bundle_is_read_as_it_was_written(bundles, tmp_path):
 def test_the_result_is_that_of_weights_dequantised_by_hand(name, dtype, bundles):
     low, options = photo(30, 20), Options(process_size=0)
     raw = load_file(bundles[f"{name} eight-bit"])
-    by_hand = load_bundle(read_bundle(bundles[name]), CPU, dtype)
+    by_hand = model_from_bundle(read_bundle(bundles[name]), CPU, dtype)
     changed = 0
     for key, parameter in by_hand.transformer.named_parameters():
         scale = raw.get(f"transformer.{key}_scale")
@@ -149,14 +149,14 @@ def test_the_result_is_that_of_weights_dequantised_by_hand(name, dtype, bundles)
             parameter.copy_(raw[f"transformer.{key}"].float() * scale)
             changed += 1
     assert changed == sum(map(is_matrix, read_bundle(bundles[name]).transformer))
-    model = load_bundle(read_bundle(bundles[f"{name} eight-bit"]), CPU, dtype)
+    model = model_from_bundle(read_bundle(bundles[f"{name} eight-bit"]), CPU, dtype)
     assert {parameter.dtype for parameter in model.transformer.parameters()} == {dtype}
     assert torch.equal(restore(low, model.restorer(), options), restore(low, by_hand.restorer(), options))
 
 
 def test_the_result_stays_close(bundles):
     low, options = photo(30, 20), Options(process_size=0)
-    results = {name: restore(low, load_bundle(read_bundle(path), CPU, torch.float32).restorer(), options)
+    results = {name: restore(low, model_from_bundle(read_bundle(path), CPU, torch.float32).restorer(), options)
                for name, path in bundles.items()}  # fmt: skip
     difference = results["whole eight-bit"] - results["whole"]
     assert 0 < difference.abs().max() < 0.1, "random weights, whose rounding errors do not average out"
@@ -172,7 +172,7 @@ def test_a_bundle_becomes_8_bit_later(bundles, tmp_path):
     arguments = ["bundle", "--merge", "--fold", "--eight-bit", "-o", tmp_path / "b.safetensors", "--model"]
     assert main([str(argument) for argument in [*arguments, bundles["whole eight-bit"]]]) == 0
     first, later = (read_bundle(path) for path in (bundles["whole eight-bit"], tmp_path / "b.safetensors"))
-    assert isinstance(load_bundle(later, CPU, torch.float32).transformer.time_text_embed, NoEmbedding)
+    assert isinstance(model_from_bundle(later, CPU, torch.float32).transformer.time_text_embed, FoldedEmbedding)
     weights = [dequantise(bundle.transformer, torch.float32) for bundle in (first, later)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1] if is_matrix(key))
 
@@ -204,9 +204,9 @@ def test_info_finds_damaged_8_bit_weights(bundles, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({KEY + SCALE: None}, f"do not pair: {KEY}"),
-        ({KEY: torch.zeros(32, 128)}, f"do not pair: {KEY}"),
-        ({"proj_out.weight": torch.zeros(64, 32).to(STORED), "proj_out.weight_scale": torch.tensor(1.0)}, "pair: proj_out"),
+        ({KEY + SCALE: None}, f"do not match: {KEY}"),
+        ({KEY: torch.zeros(32, 128)}, f"do not match: {KEY}"),
+        ({"proj_out.weight": torch.zeros(64, 32).to(STORED), "proj_out.weight_scale": torch.tensor(1.0)}, "match: proj_out"),
         ({KEY + SCALE: torch.tensor(-1.0)}, f"the scale of {KEY}: expected one finite fp32 number above 0"),
         ({KEY + SCALE: torch.tensor([1.0, 2.0])}, f"the scale of {KEY}: expected one"),
         ({KEY + SCALE: torch.tensor(1.0).half()}, f"the scale of {KEY}: expected one"),
@@ -225,7 +225,7 @@ def test_damaged_scales_are_named(changes, message, bundles, tmp_path):
     [
         ({"eight_bit": "yes"}, "eight_bit = 'yes' in a bundle of kind merged"),
         ({"eight_bit": True, "kind": "lora"}, "eight_bit = True in a bundle of kind lora"),
-        ({"eight_bit": True}, "do not pair: there are none"),
+        ({"eight_bit": True}, "do not match: there are none"),
     ],
 )
 def test_damaged_metadata_is_named(description, message, bundles, tmp_path):

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from tsdsr_core.cli import main
-from tsdsr_core.commands.evaluate import PAPER
-from tsdsr_core.image_io import Picture, read_picture, write_picture
-from tsdsr_core.metrics import naturalness, psnr_y, ssim_y
+from tsdsr_core.cli.evaluate import NATIVE, PAPER
+from tsdsr_core.images.files import Picture, read_picture, write_picture
+from tsdsr_core.metrics.fidelity import flat_noise, naturalness, psnr_y, ssim_y
+from tsdsr_core.metrics.niqe import niqe
+from tsdsr_core.metrics.perceptual import Dists, Lpips, read_weights
+from tsdsr_core.metrics.spectrum import grid_peaks, sharpness
 from tsdsr_core.restore import bicubic
-from tsdsr_core.spectrum import grid_peaks, sharpness
 
 from .tiny import photo
 
@@ -62,22 +64,40 @@ def test_inputs_are_enlarged_bicubically(folders, capsys):
 def test_what_cannot_be_compared_is_named(folders, capsys):
     write_picture(folders / "out" / "2.png", Picture(photo(48, 64)))
     assert evaluate(folders) == 2
-    assert "without a partner" in capsys.readouterr().err
+    assert "without a counterpart" in capsys.readouterr().err
     (folders / "out" / "2.png").unlink()
     write_picture(folders / "out" / "0.bmp", Picture(photo(50, 64)))
-    assert evaluate(folders) == 2
+    assert evaluate(folders) == 1
     assert "the reference is smaller" in capsys.readouterr().err
     assert main(["eval", "--lq", str(folders / "none"), "--hq", str(folders / "hq")]) == 2
-    assert "no such folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
     write_picture(folders / "out" / "0.bmp", Picture(photo(12, 30)))
-    assert evaluate(folders) == 2
+    assert evaluate(folders) == 1
     assert "different proportions" in capsys.readouterr().err
     write_picture(folders / "lq" / "0.jpg", Picture(photo(12, 16)))
     assert main(["eval", "--lq", str(folders / "lq"), "--hq", str(folders / "hq")]) == 2
     assert "0.jpg and" in capsys.readouterr().err
     (folders / "empty").mkdir()
     assert main(["eval", "--lq", str(folders / "empty"), "--hq", str(folders / "hq")]) == 2
-    assert "has no pictures" in capsys.readouterr().err
+    assert "has no images" in capsys.readouterr().err
+
+
+def test_a_picture_that_does_not_suit_costs_the_others_nothing(large, capsys, pyiqa):
+    assert evaluate(large, "--metrics", "niqe", "psnr_y", "fid", "--json", "--device", "cpu") == 0
+    whole = json.loads(capsys.readouterr().out)
+    write_picture(large / "hq" / "small.png", Picture(photo(90, 90)))
+    write_picture(large / "out" / "small.png", Picture(photo(90, 90)))
+    write_picture(large / "hq" / "wide.png", Picture(photo(96, 192)))
+    write_picture(large / "out" / "wide.png", Picture(photo(96, 100)))
+    assert evaluate(large, "--metrics", "niqe", "psnr_y", "fid", "--json", "--device", "cpu") == 1
+    output = capsys.readouterr()
+    report = json.loads(output.out)
+    failed = report.pop("failed")
+    assert report == whole
+    assert list(failed) == ["small", "wide"]
+    assert "small.png: an image of 90x90 pixels is too small for NIQE" in failed["small"]
+    assert "have different proportions" in failed["wide"]
+    assert output.err.count("failed: ") == 2
 
 
 def test_equal_pictures_are_valid_json(folders, capsys):
@@ -92,16 +112,17 @@ def test_pictures_too_small_for_ssim_are_named(tmp_path, capsys):
     assert "at least 11x11" in capsys.readouterr().err
 
 
+FOREIGN = [name for name in PAPER if name not in NATIVE]
 OWN = ("naturalness", "sharpness", "grid_8", "grid_16")
 
 
 @pytest.fixture
 def large(tmp_path):
-    """Pictures large enough for a spectrum; the first result has half the size."""
+    """Pictures large enough for a spectrum and for NIQE; the first result has half the size."""
     for index in range(2):
-        high = photo(80, 96, index)
+        high = photo(96, 192, index)
         write_picture(tmp_path / "hq" / f"{index}.png", Picture(high))
-        low = (high + 0.02).clamp(0, 1) if index else bicubic(high, (40, 48))
+        low = (high + 0.02).clamp(0, 1) if index else bicubic(high, (48, 96))
         write_picture(tmp_path / "out" / f"{index}.bmp", Picture(low))
     return tmp_path
 
@@ -111,7 +132,7 @@ def test_figures_without_a_reference_come_with_those_of_the_references(large, ca
     report = json.loads(capsys.readouterr().out)
     for index in range(2):
         high = read_picture(large / "hq" / f"{index}.png").rgb
-        image = bicubic(read_picture(large / "out" / f"{index}.bmp").rgb, (80, 96))
+        image = bicubic(read_picture(large / "out" / f"{index}.bmp").rgb, (96, 192))
         expected = {"sharpness": sharpness, "grid_8": lambda x: grid_peaks(x, 8), "grid_16": lambda x: grid_peaks(x, 16)}
         for name, metric in expected.items():
             assert report["files"][str(index)][name] == pytest.approx(metric(image).item(), rel=1e-6)
@@ -141,7 +162,7 @@ def test_reports_without_such_figures_have_no_such_rows(large, capsys):
 def test_a_picture_too_small_for_a_figure_is_named(folders, capsys):
     assert evaluate(folders, "--metrics", "grid_8") == 2
     error = capsys.readouterr().err
-    assert "0.bmp: 64x48 pixels are too few" in error
+    assert "0.bmp: an image of 64x48 pixels is too small" in error
 
 
 def test_an_unknown_device_is_named(large, capsys):
@@ -151,11 +172,12 @@ def test_an_unknown_device_is_named(large, capsys):
 
 def test_metrics_without_their_extra_say_what_to_install(folders, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyiqa", None)
-    for name, missing in (("lpips", "needed for lpips:"), ("paper", f"needed for {', '.join(PAPER[2:])}:")):
+    for name, missing in (("lpips", "needed for lpips:"), ("paper", f"needed for {', '.join(FOREIGN)}:")):
         assert evaluate(folders, "--metrics", name) == 2
         error = capsys.readouterr().err
         assert missing in error
         assert "pip install -e '.[metrics]'" in error
+        assert "lpips, lpips-vgg, dists need only --perceptual-weights FILE" in error
 
 
 class StandIn:
@@ -172,7 +194,7 @@ class StandIn:
             assert settings == {"num_workers": 0}
             sets = [[read_picture(path).rgb for path in sorted(Path(folder).iterdir())] for folder in (image, reference)]
             return sum((a - b).abs().mean() for a, b in zip(*sets, strict=True))  # fails for unequal sizes
-        if self.name == "niqe" and image.mean() > 0.9:
+        if self.name == "musiq" and image.mean() > 0.9:
             raise AssertionError("too bright")
         assert (reference is None) == (self.metric_mode == "NR")
         return image.mean() if reference is None else (image - reference).abs().mean()
@@ -180,7 +202,7 @@ class StandIn:
 
 @pytest.fixture
 def pyiqa(monkeypatch):
-    standin = SimpleNamespace(list_models=lambda: [*PAPER[2:], "offline", "broken"], create_metric=StandIn)
+    standin = SimpleNamespace(list_models=lambda: [*FOREIGN, "offline", "broken"], create_metric=StandIn)
     monkeypatch.setitem(sys.modules, "pyiqa", standin)
     return standin
 
@@ -193,12 +215,13 @@ def test_paper_stands_for_the_table_of_the_paper(large, capsys, pyiqa):
     assert list(report["mean"]) == [name for name in PAPER if name != "fid"]
     assert list(report["reference"]) == ["niqe", "musiq", "maniqa-pipal", "clipiqa"]
     high, image = (
-        torch.cat([bicubic(read_picture(large / folder).rgb, (80, 96)) for folder in names])
+        torch.cat([bicubic(read_picture(large / folder).rgb, (96, 192)) for folder in names])
         for names in (("hq/0.png", "hq/1.png"), ("out/0.bmp", "out/1.bmp"))
     )
     assert report["mean"]["lpips"] == pytest.approx((image - high).abs().mean().item(), rel=1e-5)
     assert report["mean"]["musiq"] == pytest.approx(image.mean().item(), rel=1e-5)
     assert report["reference"]["musiq"] == pytest.approx(high.mean().item(), rel=1e-5)
+    assert report["mean"]["niqe"] == pytest.approx(niqe(image).mean().item(), rel=1e-6)
     rounded = (image * 255).round() / 255
     assert report["set"] == {"fid": pytest.approx(2 * (rounded - high).abs().mean().item(), rel=1e-4)}
 
@@ -221,21 +244,79 @@ def test_what_pyiqa_cannot_do_is_one_clear_error(large, capsys, pyiqa, monkeypat
         return StandIn(name, device)
 
     monkeypatch.setattr(pyiqa, "create_metric", create)
-    write_picture(large / "out" / "1.bmp", Picture(torch.ones(1, 3, 80, 96)))
+    write_picture(large / "out" / "1.bmp", Picture(torch.ones(1, 3, 96, 192)))
     for name, message in (
-        ("sharpnes", "unknown metrics sharpnes: expected names of --help or of pyiqa.list_models()"),
-        ("offline", "metric offline: its weights cannot be fetched"),
-        ("broken", "metric broken: a package of pyiqa's is missing: pip install -e '.[metrics]'"),
-        ("niqe", "1.bmp: metric niqe fails: AssertionError: too bright"),
+        ("sharpnes", "unknown metrics sharpnes: expected names from --help or from pyiqa.list_models()"),
+        ("offline", "metric offline: its weights cannot be downloaded"),
+        ("broken", "metric broken: a package that pyiqa needs is missing: pip install -e '.[metrics]'"),
     ):
         assert evaluate(large, "--metrics", name, "--device", "cpu") == 2
         output = capsys.readouterr()
         assert message in output.err
         assert not output.out
+    assert evaluate(large, "--metrics", "musiq", "--device", "cpu") == 1
+    output = capsys.readouterr()
+    assert "1.bmp: metric musiq fails: AssertionError: too bright" in output.err
+    assert [line.split()[0] for line in output.out.splitlines()[1:]] == ["0", "mean", "reference"]
 
 
 def test_sets_of_one_picture_are_refused(large, capsys, pyiqa):
     for path in (large / "hq" / "1.png", large / "out" / "1.bmp"):
         path.unlink()
     assert evaluate(large, "--metrics", "fid", "--device", "cpu") == 2
-    assert "fid: sets of one picture cannot be compared; expected at least 2" in capsys.readouterr().err
+    assert "fid: expected at least 2 images to compare sets" in capsys.readouterr().err
+
+
+def test_lpips_and_dists_come_from_a_file_without_pyiqa(large, perceptual_weights, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    names = ["lpips-vgg", "psnr_y", "lpips", "dists"]
+    assert (
+        evaluate(large, "--metrics", *names, "--perceptual-weights", str(perceptual_weights), "--device", "cpu", "--json") == 0
+    )
+    report, weights = json.loads(capsys.readouterr().out), read_weights(perceptual_weights)
+    assert list(report["mean"]) == names
+    assert "reference" not in report, "equal pictures have no distance"
+    networks = {"lpips": Lpips(weights, "alexnet"), "lpips-vgg": Lpips(weights, "vgg16"), "dists": Dists(weights)}
+    for index in range(2):
+        high = read_picture(large / "hq" / f"{index}.png").rgb
+        image = bicubic(read_picture(large / "out" / f"{index}.bmp").rgb, (96, 192))
+        for name, network in networks.items():
+            assert report["files"][str(index)][name] == pytest.approx(network(image, high).item(), rel=1e-5)
+
+
+def test_a_file_of_weights_that_is_none_is_one_line(large, tmp_path, capsys):
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name, message in (
+        ("none", "does not exist: expected a file of perceptual weights"),
+        ("text", "is damaged, truncated or not a safetensors file"),
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        assert evaluate(large, "--metrics", "lpips", "--perceptual-weights", str(path)) == 2
+        output = capsys.readouterr()
+        assert f"{path}" in output.err
+        assert message in output.err
+        assert "tsdsr perceptual-weights" in output.err
+        assert output.err.count("\n") == 1
+
+
+def test_a_picture_too_small_for_a_network_is_named(folders, perceptual_weights, capsys):
+    for folder, suffix in (("out", "bmp"), ("hq", "png")):
+        write_picture(folders / folder / f"0.{suffix}", Picture(photo(24, 32)))
+    assert evaluate(folders, "--metrics", "lpips", "--perceptual-weights", str(perceptual_weights)) == 1
+    assert "0.bmp: an image of 32x24 pixels and 3 channels: expected 3 channels and at least 31x31" in capsys.readouterr().err
+
+
+def test_flat_noise_is_taken_of_the_references_too_and_means_leave_out_what_has_none(tmp_path, capsys):
+    smooth, stripes = 0.4 + photo(64, 64, 1) / 20, (torch.arange(64) // 6 % 2).expand(1, 3, 64, 64) * 0.5
+    for name, high in (("smooth", smooth), ("stripes", stripes)):
+        write_picture(tmp_path / "hq" / f"{name}.png", Picture(high))
+        noise = torch.rand(high.shape, generator=torch.Generator().manual_seed(0)) / 10
+        write_picture(tmp_path / "out" / f"{name}.png", Picture((high + noise).clamp(0, 1)))
+    assert evaluate(tmp_path, "--metrics", "flat_noise", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    image, high = (read_picture(tmp_path / folder / "smooth.png").rgb for folder in ("out", "hq"))
+    for row, files, pair in (("mean", "files", (image, high)), ("reference", "reference_files", (high, high))):
+        assert report[files]["stripes"]["flat_noise"] is None
+        assert report[row]["flat_noise"] == report[files]["smooth"]["flat_noise"]
+        assert report[row]["flat_noise"] == pytest.approx(flat_noise(*pair).item(), rel=1e-6)
+    assert report["mean"]["flat_noise"] > 2 * report["reference"]["flat_noise"]

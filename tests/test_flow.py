@@ -4,7 +4,7 @@ import torch
 
 from tsdsr_core.flow import add_noise, one_step, x0_from_velocity
 
-Z, NOISE = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
+Z, NOISE = torch.randn(2, 2, 4, 3, 5, generator=torch.Generator().manual_seed(0)).unbind()
 
 
 def test_the_velocity_of_a_noised_latent_leads_back_to_it():

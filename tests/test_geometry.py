@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsdsr_core.geometry import plan_size
+from tsdsr_core.image_size import plan_size
 
 
 @pytest.mark.parametrize(

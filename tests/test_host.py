@@ -8,14 +8,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tsdsr_core.bundle import read_bundle, write_bundle
+from tsdsr_core.alpha import spread_colours
 from tsdsr_core.colour import match_colour
-from tsdsr_core.diffusers_models import load_builtin, load_bundle, merged_bundle
-from tsdsr_core.fold import fold
-from tsdsr_core.image_io import read_picture
-from tsdsr_core.metrics import psnr_y
-from tsdsr_core.prompt import POOLED_KEY, TOKENS_KEY, load_prompt
+from tsdsr_core.images.files import read_picture
+from tsdsr_core.metrics.fidelity import psnr_y
 from tsdsr_core.restore import Options, bicubic, restore
+from tsdsr_core.sd3.fold import fold
+from tsdsr_core.sd3.models import load_builtin, merged_bundle, model_from_bundle
+from tsdsr_core.video.reading import read_clip
+from tsdsr_core.weights.bundle import read_bundle, write_bundle
+from tsdsr_core.weights.prompt import POOLED_KEY, TOKENS_KEY, load_prompt
 
 from . import host as host_module
 from .host import Graph
@@ -24,7 +26,8 @@ from .host_graphs import BUILTIN, CPU, TILES, UPSCALE, builtin_graph, core_sd3, 
 
 def test_the_first_workflow_improves_a_real_photo(host):
     graph = Graph()
-    graph.nodes = json.loads((host_module.ROOT / "workflows" / "api" / "TSD-SR built-in model.json").read_text())
+    first = min((host_module.ROOT / "workflows" / "api").glob("*.json"))
+    graph.nodes = json.loads(first.read_text(encoding="utf-8"))
     for node in graph.nodes.values():
         if node["class_type"] == "LoadImage":
             node["inputs"]["image"] = "lighthouse.png"
@@ -39,6 +42,7 @@ def test_the_first_workflow_improves_a_real_photo(host):
     assert psnr_y(restored, high) > psnr_y(bicubic(low, high.shape[2:]), high) + 0.2
 
 
+@pytest.mark.rounding
 def test_the_built_in_model_gives_what_the_core_gives(host):
     graph, save = builtin_graph()
     result = host.run(graph)
@@ -105,7 +109,7 @@ def test_the_vae_changes_its_type_for_the_lora(host, sd3, expected):
 
 
 def test_a_saved_checkpoint_holds_the_merged_model(modular, expected, host):
-    model = load_bundle(read_bundle(modular[2]), CPU, torch.float32)
+    model = model_from_bundle(read_bundle(modular[2]), CPU, torch.float32)
     low = read_picture(host.base / "input" / "photo.png").rgb
     found = restore(low, model.restorer(), Options(scale=1.0, process_size=0, tile=16, tile_overlap=4))[0]
     assert (found - expected).abs().max() < 1e-4
@@ -142,11 +146,16 @@ def test_every_example_workflow_runs(path, host, sd3):
             node["inputs"]["steps"] = 2
     result = host.run(graph, 900)
     assert result.status == "success", result.error
-    save = next(name for name, node in graph.nodes.items() if node["class_type"] == "SaveImage")
-    pictures = result.pictures(save)
-    sizes = {"whole folder": {(64, 80), (84, 68)}, "text to image": {(128, 128)}}
+    save, kind = next((name, node["class_type"]) for name, node in graph.nodes.items() if node["class_type"].startswith("Save"))
+    if kind == "SaveVideo":
+        (saved,) = result.outputs[save]["images"]
+        before = read_clip(host.base / "input" / "tsdsr_clip.mp4")
+        after = read_clip(host.base / "output" / saved["subfolder"] / saved["filename"])
+        assert (after.frames, after.height, after.width) == (before.frames, 4 * before.height, 4 * before.width)
+        return
+    sizes = {"folder": {(64, 80), (84, 68)}, "Text to image": {(128, 128)}, "grainy": {(80, 64)}}
     expected = next((size for key, size in sizes.items() if key in path.stem), {(64, 80)})
-    assert {picture.shape[:2] for picture in pictures} == expected
+    assert {picture.shape[:2] for picture in result.pictures(save)} == expected
 
 
 def test_latents_of_odd_sides_keep_their_size(host):
@@ -177,6 +186,41 @@ def test_alpha_is_enlarged_and_kept(host):
     assert np.abs(shrunk.astype(int) - alpha).mean() < 5
 
 
+@pytest.mark.parametrize("soft", [0.0, 1.0])
+def test_a_transparent_edge_has_no_fringe(soft, host):
+    """White over hidden black, judged over white, grey and black."""
+    graph = Graph()
+    graph, save = builtin_graph((graph.add("TestDisc", soft=soft, hidden=0.0), 0), graph, **{"size.factor": 4.0})
+    result = host.run(graph)
+    assert result.status == "success", result.error
+    picture = result.pictures(save)[0].astype(float)
+    rgb, alpha = picture[..., :3], picture[..., 3:] / 255
+    assert picture.shape == (192, 192, 4)
+    for background in (255, 128, 0):
+        found, wanted = (colour * alpha + background * (1 - alpha) for colour in (rgb, 255))
+        assert np.abs(found - wanted).max() <= 5, background
+
+
+def test_what_transparency_hides_changes_nothing(host):
+    """Neither what is encoded, nor a colour fix from it, nor the result."""
+    graph, saves = Graph(), []
+    loader = graph.add("TSDSRLoadCheckpoint", checkpoint=BUILTIN, vae_precision="auto")
+    photo = graph.add("ImageScale", image=(graph.add("LoadImage", image="photo.png"), 0), upscale_method="area", width=48,
+                      height=48, crop="center")  # fmt: skip
+    for hidden in (0.0, 0.7):
+        disc = graph.add("TestDisc", soft=2.0, hidden=hidden)
+        latent = graph.add("TSDSREncode", image=(disc, 0), vae=(loader, 1))
+        decoded = graph.add("TSDSRDecode", latent=(latent, 0), vae=(loader, 1))
+        fixes = [(photo, disc), (disc, photo)]
+        fixed = [graph.add("TSDSRColorFix", image=(a, 0), reference=(b, 0), color_fix="adain") for a, b in fixes]
+        saves.append([graph.add("SaveImage", images=(node, 0), filename_prefix="hidden") for node in (decoded, *fixed)])
+    result = host.run(graph)
+    assert result.status == "success", result.error
+    for one, other in zip(*saves, strict=True):
+        assert np.array_equal(result.pictures(one)[0], result.pictures(other)[0])
+
+
+@pytest.mark.rounding
 def test_images_of_a_batch_do_not_touch_each_other(host):
     graph = Graph()
     photo = graph.add("LoadImage", image="photo.png")
@@ -187,12 +231,16 @@ def test_images_of_a_batch_do_not_touch_each_other(host):
         graph, save = builtin_graph((batch, 0), graph)
         saved.append(save)
     graph, alone = builtin_graph((inverted, 0), graph)
+    together, single = (tuple(graph.nodes[save]["inputs"]["images"]) for save in (saved[0], alone))
+    last = graph.add("ImageFromBatch", image=together, batch_index=1, length=1)
+    told = graph.add("TestDifference", one=(last, 0), other=single)
     result = host.run(graph)
     assert result.status == "success", result.error
     (beside_photo, first), (beside_itself, second) = (result.pictures(save) for save in saved)
     assert np.array_equal(first, second), "the same batch but for the neighbour: the same operations, to the bit"
     assert not np.array_equal(beside_photo, beside_itself)
-    assert np.array_equal(first, result.pictures(alone)[0])
+    difference = float(result.outputs[told]["text"][0])
+    assert difference < 1e-4, "other kernels for other batch sizes: 2e-6 at most; one level of 8 bits is 4e-3"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +372,7 @@ def test_a_vae_in_bf16_is_made_finer_for_the_lora(host, sd3):
     result = host.run(graph)
     assert result.status == "success", result.error
     assert result.outputs[said]["text"] == ["torch.float32"], "on the CPU; fp16 on a GPU"
-    assert "start it with --fp16-vae" in host.log.read_text()
+    assert "start ComfyUI with --fp16-vae" in host.log.read_text()
 
 
 def under_prompt(graph: Graph, lora: str, conditioning: str, name: str) -> str:
@@ -405,6 +453,7 @@ def test_the_colour_fix_is_the_cores_and_keeps_alpha(method, host):
     assert result.status == "success", result.error
     found = result.pictures(save)[0]
     content, style = (read_picture(host.base / "input" / f"{name}.png") for name in ("alpha", "photo"))
-    expected = match_colour(content.rgb, bicubic(style.rgb, content.rgb.shape[2:]), method, 5).clamp(0, 1)
+    visible = spread_colours(content.rgb, content.alpha)
+    expected = match_colour(visible, bicubic(style.rgb, content.rgb.shape[2:]), method, 5).clamp(0, 1)
     assert differs(found[..., :3], expected[0]) <= 1
     assert np.abs(found[..., 3].astype(int) - (content.alpha[0, 0].numpy() * 255).astype(int)).max() <= 1

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from tsdsr_core.bundle import read_bundle, write_bundle
-from tsdsr_core.diffusers_models import load_bundle, load_folder, merged_bundle
-from tsdsr_core.eight_bit import is_matrix
-from tsdsr_core.fold import fold
-from tsdsr_core.image_io import read_picture
-from tsdsr_core.lora import load_lora, merge
-from tsdsr_core.prompt import load_prompt
+from tsdsr_core.images.files import read_picture
 from tsdsr_core.restore import Options, restore
+from tsdsr_core.sd3.fold import fold
+from tsdsr_core.sd3.models import load_folder, merged_bundle, model_from_bundle
+from tsdsr_core.weights.bundle import read_bundle, write_bundle
+from tsdsr_core.weights.float8 import is_matrix
+from tsdsr_core.weights.lora import load_lora, merge_lora
+from tsdsr_core.weights.prompt import load_prompt
 
 from .host import Graph
 from .host_graphs import CPU, TILES, UPSCALE, core_sd3, differs
@@ -69,7 +69,7 @@ def test_it_gives_what_the_core_gives_in_8_bits_of_memory(bundle, host):
     result = host.run(graph)
     assert result.status == "success", result.error
     stored = read_bundle(path)
-    expected = core(host, load_bundle(stored, CPU, torch.float32))
+    expected = core(host, model_from_bundle(stored, CPU, torch.float32))
     for name, save in saves.items():
         assert differs(result.pictures(save)[0], expected) <= 1, name
 
@@ -94,8 +94,8 @@ def test_a_lora_goes_onto_8_bit_weights(host, sd3):
     plain, patched = (upscale(graph, loader, (node, 0), "patched") for node in (loader, lora))
     result = host.run(graph)
     assert result.status == "success", result.error
-    model = load_bundle(read_bundle(path), CPU, torch.float32)
-    merge(model.transformer, load_lora(sd3.loras / "transformer.safetensors"))
+    model = model_from_bundle(read_bundle(path), CPU, torch.float32)
+    merge_lora(model.transformer, load_lora(sd3.loras / "transformer.safetensors"))
     exact = np.floor(core(host, model).permute(1, 2, 0).numpy() * 255)
     plain, patched = (result.pictures(save)[0].astype(int) for save in (plain, patched))
     effect, error = np.abs(plain - exact).mean(), np.abs(patched - exact).mean()
@@ -111,6 +111,6 @@ def test_saving_it_again_is_one_error(bundle, host):
     )
     result = host.run(graph)
     assert result.status == "error"
-    message = "this checkpoint is folded already" if folded else "the model is quantised"
+    message = "this checkpoint is folded, which cannot be saved again" if folded else "the model is quantised"
     assert message in result.error
     assert len(result.error.strip().splitlines()) == 1

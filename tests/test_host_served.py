@@ -57,8 +57,10 @@ def test_help_workflows_and_languages_are_served(host):
     names = own_nodes(host)
     docs = f"/extensions/{host_module.PACK}/docs"
     for name in names:
-        assert host.read(f"{docs}/{name}.md").decode().startswith(f"# {names[name]['display_name']}")
-        assert host.read(f"{docs}/images/{name}.png").startswith(b"\x89PNG")
+        page = host.read(f"{docs}/{name}.md").decode()
+        assert page.startswith(f"# {names[name]['display_name']}\n")
+        for picture in re.findall(r"\]\((images/[^)]*)\)", page):
+            assert host.read(f"{docs}/{picture}").startswith(b"\x89PNG")
     blueprints = {entry["name"] for entry in host.get("/global_subgraphs").values()}
     assert {path.stem for path in (host_module.ROOT / "subgraphs").glob("*.json")} <= blueprints
     templates = host.get("/workflow_templates")[host_module.PACK]

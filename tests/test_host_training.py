@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsdsr_core.bundle import find_lora, read_bundle
 from tsdsr_core.cli import main
-from tsdsr_core.diffusers_models import load_bundle, load_folder
-from tsdsr_core.image_io import read_picture
-from tsdsr_core.prompt import load_prompt
+from tsdsr_core.images.files import read_picture
 from tsdsr_core.restore import Options, restore
+from tsdsr_core.sd3.models import load_folder, model_from_bundle
+from tsdsr_core.weights.bundle import find_lora, read_bundle
+from tsdsr_core.weights.prompt import load_prompt
 
 from . import host as host_module
 from .host import Graph
@@ -77,4 +77,4 @@ def test_an_exported_small_model_runs_at_any_depth(layers, layers_per_block, hos
     graph = Graph()
     loader = graph.add("TSDSRLoadCheckpoint", checkpoint=path.name, vae_precision="auto")
     found = upscaled(host, graph, model=(loader, 0), vae=(loader, 1), conditioning=(loader, 2))
-    assert differs(found, in_core(host, load_bundle(read_bundle(path), CPU, torch.float32))) <= 1
+    assert differs(found, in_core(host, model_from_bundle(read_bundle(path), CPU, torch.float32))) <= 1

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tsdsr_core.jobs import Inputs, Job, collect, plan_jobs
+from tsdsr_core.images.jobs import Inputs, Job, collect, plan_jobs
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_name_with_brackets_is_a_file_first(folder):
 
 def test_what_gives_no_picture_is_named(folder):
     (folder / "empty").mkdir()
-    for text, message in (("none.png", "no such file"), ("*.bmp", "no such file"), ("empty", "folder without pictures")):
+    for text, message in (("none.png", "no such file"), ("*.bmp", "no such file"), ("empty", "no images in this folder")):
         with pytest.raises(ValueError, match=message) as caught:
             collect([str(folder / text)])
         assert text in str(caught.value)
@@ -78,8 +78,8 @@ def test_a_folder_called_like_a_picture_is_a_folder(folder, tmp_path):
     ("output", "message"),
     [
         ("x.png", "expected a folder"),
-        ("in", "over an input"),
-        ("file.dat", "no known picture format"),
+        ("in", "overwrite an input"),
+        ("file.dat", "is an existing file: expected a folder"),
     ],
 )
 def test_outputs_that_cannot_be(output, message, folder, tmp_path):
@@ -90,7 +90,7 @@ def test_outputs_that_cannot_be(output, message, folder, tmp_path):
 
 def test_an_input_is_not_overwritten_through_a_link(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
-    with pytest.raises(ValueError, match="over an input"):
+    with pytest.raises(ValueError, match="overwrite an input"):
         plan_jobs(collect([str(folder)]), tmp_path / "link", "overwrite")
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tsdsr_core.flow import schedule
-from tsdsr_core.train import dasm
-from tsdsr_core.train.losses import (
+from tsdsr_core.train.objectives import trajectory as dasm
+from tsdsr_core.train.objectives.losses import (
     cut,
     distribution_gradient,
     flow_matching,
@@ -98,7 +98,16 @@ def test_a_trajectory_by_hand():
         return torch.full((1, 1, 1, 1), value)
 
     found = distribution_gradient(
-        tensor(z_hat), tensor(z), tensor(e), torch.tensor([start]), LEVELS, trajectory, linear(a), linear(b), 0.7
+        tensor(z_hat),
+        tensor(z),
+        tensor(e),
+        torch.tensor([start]),
+        LEVELS,
+        trajectory,
+        linear(a),
+        linear(b),
+        0.7,
+        as_scores=False,
     )
     assert found.item() == pytest.approx(expected, abs=1e-6)
 
@@ -108,7 +117,7 @@ def test_one_level_is_plain_tsd_and_equal_networks_leave_the_target_score():
     starts = torch.tensor([100, 700])
     sigma = LEVELS[starts]
     network = linear(0.4)
-    found = distribution_gradient(z_hat, z, noise, starts, LEVELS, ONE, network, network, 0.7)
+    found = distribution_gradient(z_hat, z, noise, starts, LEVELS, ONE, network, network, 0.7, as_scores=False)
     s = sigma[:, None, None, None]
     assert torch.allclose(found, s**2 * 0.3 * 0.4 * (1 - s) * (z_hat - z), atol=1e-6), "VSD vanishes"
 

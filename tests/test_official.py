@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from tsdsr_core import official
-from tsdsr_core.diffusers_models import DiffusersModel, load_folder
-from tsdsr_core.lora import load_lora
-from tsdsr_core.prompt import load_prompt
-from tsdsr_core.restore import RECIPES, Options, restore, restore_at
+from tsdsr_core.restore import RECIPES, Options, restore, restored_images, stages_of
+from tsdsr_core.sd3.models import DiffusersModel, load_folder
+from tsdsr_core.weights.lora import load_lora
+from tsdsr_core.weights.prompt import load_prompt
 
 from . import oracle
 from .tiny import Published, photo
@@ -30,18 +30,21 @@ def model(published: Published) -> DiffusersModel:
     return load_folder(published.sd3, loras, prompt, torch.device("cpu"), torch.float32)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("case", CASES)
 def test_float_pixels_equal_the_published_arithmetic(case: str, published: Published, model: DiffusersModel):
     (height, width), scale = CASES[case]
     low = photo(height, width)
     size = RECIPES["official"].sizes((height, width), scale, 16, 512)
     assert size.work == oracle.work_size(width, height, scale)
-    ours = restore_at(low, size, model.restorer(), Options(scale=scale, recipe="official", tile_batch=3))
+    stages = stages_of(model.restorer(), Options(scale=scale, recipe="official", tile_batch=3))
+    (ours,) = restored_images(low, size, stages, RECIPES["official"].enlarge)
     expected = oracle.restore_float(published, low, size.work)
     assert expected.std() > 0.05, "a flat picture would prove nothing"
-    assert (ours - expected).abs().max() <= 1e-4
+    assert (ours - expected).abs().max() <= 2e-4, "kernels give up to 3e-5, another window of the tiles 7e-3"
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize(("case", "fix"), [*((case, "wavelet") for case in CASES), ("untiled", "adain"), ("small", "none")])
 def test_pictures_equal_the_published_ones_to_one_level(case: str, fix: str, published: Published, model: DiffusersModel):
     (height, width), scale = CASES[case]
@@ -55,6 +58,7 @@ def test_pictures_equal_the_published_ones_to_one_level(case: str, fix: str, pub
     assert np.abs(picture.astype(int) - expected).max() <= 1
 
 
+@pytest.mark.rounding
 def test_the_default_recipe_equals_the_published_one_where_neither_pads_nor_tiles(published: Published, model: DiffusersModel):
     low = photo(128, 128)
     ours = restore(low, model.restorer(), Options())

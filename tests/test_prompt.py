@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tsdsr_core.prompt import PromptEmbeds, load_prompt
+from tsdsr_core.weights.prompt import PromptEmbeds, load_prompt
 
 
 def save_pair(folder, tokens, pooled):
@@ -36,7 +36,7 @@ class Malicious:
 
 def test_code_in_a_pt_file_is_not_run(tmp_path):
     save_pair(tmp_path, Malicious(), torch.randn(1, 6))
-    with pytest.raises(ValueError, match=r"prompt_embeds\.pt is damaged or holds more than a tensor"):
+    with pytest.raises(ValueError, match=r"prompt_embeds\.pt is damaged, or holds something other than tensors"):
         load_prompt(tmp_path)
     assert not Malicious.ran
 
@@ -62,12 +62,12 @@ def test_a_truncated_pt_file_is_named(tmp_path):
 
 def test_other_safetensors_and_missing_paths_are_named(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"w\.safetensors has the keys \['weight'\]"):
+    with pytest.raises(ValueError, match=r"w\.safetensors has the keys weight: expected prompt_embeds"):
         load_prompt(tmp_path / "w.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"12345678")
     with pytest.raises(ValueError, match=r"bad\.safetensors is damaged"):
         load_prompt(tmp_path / "bad.safetensors")
-    with pytest.raises(ValueError, match="no prompt embeddings at"):
+    with pytest.raises(ValueError, match="does not exist: expected a file, or a folder"):
         load_prompt(tmp_path / "nothing")
 
 

@@ -56,6 +56,28 @@ def test_every_node_and_setting_explains_itself(nodes):
                 assert options["min"] <= options["default"] <= options["max"], (name, key)
 
 
+@pytest.mark.parametrize("language", ["en", "zh", "ja", "ko"])
+def test_every_language_says_what_the_nodes_say(language, nodes):
+    """Choices are shown untranslated, which the host's locale files cannot change: their tooltips name and explain each."""
+    said = json.loads((host_module.ROOT / "locales" / language / "nodeDefs.json").read_text())
+    assert said.keys() == nodes.keys()
+    for name, node in nodes.items():
+        inputs = {key.replace(".", "_"): (kind, options) for key, kind, options in all_inputs(node)}
+        assert said[name]["inputs"].keys() == inputs.keys()
+        assert said[name]["display_name"].startswith("TSD-SR ")
+        for key, (kind, options) in inputs.items():
+            entry = said[name]["inputs"][key]
+            assert entry["name"]
+            if language == "en":
+                assert entry["tooltip"] == options["tooltip"], (name, key)
+            elif kind == "COMFY_DYNAMICCOMBO_V3":
+                assert all(choice["key"] in entry["tooltip"] for choice in options["options"]), (name, key)
+            elif key in ("dtype", "vae_precision"):
+                assert all(choice in entry["tooltip"] for choice in options["options"]), (name, key)
+        if language == "en":
+            assert (said[name]["display_name"], said[name]["description"]) == (node["display_name"], node["description"])
+
+
 def test_what_few_people_need_is_folded_away(nodes):
     """Of TSDSRUpscale the size, the strength and the colour fix stay in sight; the rest chooses itself."""
     settings = {

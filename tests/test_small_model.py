@@ -7,16 +7,18 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from tsdsr_core.bundle import BUILTIN, read_bundle, write_bundle
 from tsdsr_core.colour import wavelet
-from tsdsr_core.diffusers_models import load_builtin
-from tsdsr_core.train import small_model, synthetic
-from tsdsr_core.train.batch import Batch
-from tsdsr_core.train.build import Sources, build_networks
-from tsdsr_core.train.config import from_dict
-from tsdsr_core.train.networks import STUDENT, TEACHER
-from tsdsr_core.train.preview import measure
-from tsdsr_core.train.trainers import PretrainTrainer, sharpened
+from tsdsr_core.metrics.perceptual import Lpips, read_weights
+from tsdsr_core.sd3.models import load_builtin
+from tsdsr_core.train.config_file import from_dict
+from tsdsr_core.train.data import synthetic
+from tsdsr_core.train.data.batch import Batch
+from tsdsr_core.train.networks import preview, small_model
+from tsdsr_core.train.networks.build import Sources, build_networks
+from tsdsr_core.train.networks.roles import STUDENT, TEACHER
+from tsdsr_core.train.objectives.grid import periodic_error
+from tsdsr_core.train.trainers import PretrainTrainer, restored_latent, sharpened
+from tsdsr_core.weights.bundle import BUILTIN, read_bundle, write_bundle
 
 from .tiny import photo
 
@@ -56,7 +58,9 @@ def test_the_loss_falls(trainer):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_latents_shift_and_pictures_stay():
+@pytest.mark.rounding
+def test_latents_shift_and_pictures_stay(monkeypatch):
+    monkeypatch.setattr(preview, "IMAGES", 2)
     model, pixels = load_builtin(CPU, torch.float32), photo(64, 64, 7)
     vae, transformer, factor = model.vae, model.transformer, float(model.vae.config["scaling_factor"])
     with torch.no_grad():
@@ -74,13 +78,13 @@ def test_latents_shift_and_pictures_stay():
         z = encode(pixels * 2 - 1) * factor
         return model.decode((z - model.velocity(z)) / factor)
 
-    before, (mean, std), spread = restore(), measure(encode), posterior(pixels).std
+    before, (mean, std), spread = restore(), preview.latent_statistics(encode), posterior(pixels).std
     assert mean.abs().max() > 0.3
     gain = 1 / (std * factor)
     assert (gain - 1).abs().max() > 0.1
     small_model.shift_latents(transformer, vae, mean, gain)
     assert torch.allclose(posterior(pixels).std, gain[:, None, None] * spread, rtol=1e-4)
-    mean, std = measure(encode)
+    mean, std = preview.latent_statistics(encode)
     assert mean.abs().max() < 1e-4
     assert (std * factor - 1).abs().max() < 1e-4
     assert (restore() - before).abs().max() < 1e-4
@@ -104,7 +108,7 @@ def live_blocks(vae) -> dict[str, list[int]]:
     return {half: [sum(bool(b.conv1.weight.any()) for b in level.resnets) for level in found] for half, found in levels.items()}
 
 
-@pytest.mark.parametrize(("layers", "decoder"), [(0, [1, 1, 1]), (1, [2, 2, 1]), (4, [5, 2, 1])])
+@pytest.mark.parametrize(("layers", "decoder"), [(0, [1, 1, 0]), (1, [2, 1, 0]), (4, [5, 1, 0])])
 def test_blocks_live_where_they_are_cheap(layers, decoder):
     built = small_model.build(0, 2, layers)[1]
     assert live_blocks(built) == {"encoder": [layers, 0, 0], "decoder": decoder}
@@ -129,6 +133,13 @@ def test_live_blocks_learn_and_dead_ones_stay(trainer):
     with torch.no_grad():
         dead.conv1.weight.fill_(torch.nan)  # seen only if the block ran
     assert trainer.restore(photo(32, 32)).isfinite().all()
+
+
+def test_a_restored_image_that_is_not_finite_is_an_error_and_no_white_one(trainer):
+    with torch.no_grad():
+        trainer.networks.vae.decoder.conv_out.bias.fill_(torch.inf)
+    with pytest.raises(FloatingPointError, match="the restored image is not finite"):
+        trainer.restore(photo(32, 32))
 
 
 def test_the_distance_of_latents_is_in_parts_of_their_variance(trainer):
@@ -225,6 +236,40 @@ def test_reconstruction_and_restoration_share_a_batch():
     assert found[1.0] < 0.3 * found[0.0]
 
 
+@pytest.mark.parametrize(("crop", "side"), [(48, 0), (64, 32)])
+def test_the_perceptual_term_compares_random_places_after_the_colour_fix(crop, side, perceptual_weights):
+    """Its weight times what a second calculation gives, for each sample at its own place of the networks' grid."""
+    settings = replace(CONFIG.pretrain, perceptual="lpips-alex", perceptual_weight=0.5, reconstruction_share=0.0)
+    settings = replace(settings, perceptual_crop=side)
+    config = replace(CONFIG, pretrain=settings, data=replace(CONFIG.data, crop=crop))
+    trainer, batch = PretrainTrainer(build_networks(config, Sources(BUILTIN), CPU), config, perceptual_weights), pairs(3, crop)
+    totals: list[torch.Tensor] = []
+    parts = trainer.accumulate(batch, 0, totals.append)
+    with torch.no_grad():
+        output = wavelet(
+            trainer.networks.decode(restored_latent(trainer.networks, batch.low)), batch.low, settings.wavelet_levels
+        )
+        lpips, found = Lpips(read_weights(perceptual_weights), "alexnet"), []
+        for index, (top, left) in enumerate(batch.shifts(crop - 32).tolist()):
+            place = (slice(index, index + 1), slice(None), slice(top, top + 32), slice(left, left + 32))
+            found.append(lpips(output[place].clamp(0, 1), batch.high[place]).item())
+    assert len({tuple(place) for place in batch.shifts(crop - 32).tolist()}) == 3
+    assert parts["perceptual"].item() == pytest.approx(0.5 * sum(found) / 3, rel=1e-4)
+    assert totals[0].item() == pytest.approx(sum(map(float, parts.values())), rel=1e-6), "their sum is what is trained"
+    assert "perceptual" not in PretrainTrainer(trainer.networks, CONFIG).accumulate(batch, 0, totals.append), "off by default"
+
+
+def test_the_grid_term_counts_by_its_weight_and_with_the_guide(trainer):
+    batch = pairs(2)
+    trainer.settings = settings = replace(CONFIG.pretrain, reconstruction_share=0.0, grid_weight=2.0)
+    fixed = wavelet(decoded(trainer, batch.low), batch.low, settings.wavelet_levels)
+    for guide, aim in ((None, batch.high), (batch.low, batch.low)):
+        found = trainer.accumulate(replace(batch, guide=guide), 0, lambda loss: None)["grid"].item()
+        assert found == pytest.approx(2 * periodic_error(fixed, aim).item(), rel=1e-3)
+    trainer.settings = replace(settings, grid_weight=0.0)
+    assert "grid" not in trainer.accumulate(batch, 0, lambda loss: None)
+
+
 def test_bf16_trains_the_autoencoder_in_16_bit_too_and_takes_the_loss_in_32(trainer):
     trainer.networks.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
     seen = []
@@ -277,9 +322,9 @@ def test_the_teacher_of_a_small_model_is_its_transformer_alone():
 
 
 def test_synthetic_pictures_are_varied_and_reproducible():
-    pictures = [synthetic.picture(64, torch.Generator().manual_seed(seed)) for seed in range(6)]
+    pictures = [synthetic.draw_image(64, torch.Generator().manual_seed(seed)) for seed in range(6)]
     assert all(p.shape == (3, 64, 64) and p.dtype == torch.uint8 for p in pictures)
-    assert torch.equal(synthetic.picture(64, torch.Generator().manual_seed(3)), pictures[3])
+    assert torch.equal(synthetic.draw_image(64, torch.Generator().manual_seed(3)), pictures[3])
     assert sum(p.float().std() > 20 for p in pictures) >= 4
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tsdsr_core.image_io import read_picture
-from tsdsr_core.spectrum import grid_peaks, sharpness
+from tsdsr_core.images.files import read_picture
+from tsdsr_core.metrics.spectrum import grid_peaks, sharpness
 
 PHOTOS = sorted((Path(__file__).parent / "data" / "hq").glob("*.png"))
 LEVEL = 1 / 219  # one level of the luma, 16..235, as RGB in 0..1
@@ -126,7 +126,7 @@ def test_any_size_from_64_pixels(size):
 
 def test_what_cannot_be_measured_is_named():
     for measure in (lambda x: grid_peaks(x, 8), sharpness):
-        with pytest.raises(ValueError, match="80x63 pixels are too few for a spectrum: expected at least 64x64"):
+        with pytest.raises(ValueError, match="80x63 pixels is too small for its spectrum: expected at least 64x64"):
             measure(torch.rand(1, 3, 63, 80))
     with pytest.raises(ValueError, match="grid period 12: expected one of 8, 16 pixels"):
         grid_peaks(torch.rand(1, 3, 64, 64), 12)

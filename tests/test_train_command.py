@@ -14,19 +14,19 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from tsdsr_core.bundle import read_bundle
 from tsdsr_core.cli import main
 from tsdsr_core.colour import match_colour
-from tsdsr_core.image_io import Picture, read_picture, write_picture
-from tsdsr_core.lora import load_lora
+from tsdsr_core.images.files import Picture, read_picture, write_picture
+from tsdsr_core.metrics.spectrum import grid_peaks, sharpness
 from tsdsr_core.restore import bicubic
-from tsdsr_core.sd3 import TRANSFORMER_TARGETS, VAE_TARGETS, model_shapes
-from tsdsr_core.spectrum import grid_peaks, sharpness
-from tsdsr_core.train.build import Sources, build_networks
+from tsdsr_core.sd3.config import TRANSFORMER_TARGETS, VAE_TARGETS, model_shapes
 from tsdsr_core.train.checkpoint import read_checkpoint
-from tsdsr_core.train.config import read_config
+from tsdsr_core.train.config_file import read_config
 from tsdsr_core.train.export import adapter_files
+from tsdsr_core.train.networks.build import Sources, build_networks
 from tsdsr_core.train.trainers import StudentTrainer
+from tsdsr_core.weights.bundle import read_bundle
+from tsdsr_core.weights.lora import load_lora
 
 from .tiny import Published, photo
 from .tiny_texts import make_texted
@@ -92,16 +92,31 @@ def test_cut_off_and_resumed_equals_straight_bit_for_bit(photos, tmp_path):
     assert smoke(photos, tmp_path / "halves", *base, settings=settings) == 2, "not over a run by mistake"
 
 
+def test_perceptual_terms_are_trained_with_a_file_and_without_pyiqa(photos, perceptual_weights, tmp_path, monkeypatch):
+    """In both stages that see pixels; without the file these runs are refused."""
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    for settings in (
+        ["stage=pretrain", "pretrain.perceptual=lpips-alex", "pretrain.perceptual_weight=1.0"],
+        ["stage=student", "objective.name=supervised", "objective.perceptual=dists"],
+    ):
+        arguments = [photos, tmp_path / settings[0], "--base", "builtin"]
+        settings += ["run.steps=1", "run.batch=1", "data.crop=48"]
+        assert smoke(*arguments, settings=settings) == 2
+        assert smoke(*arguments, "--perceptual-weights", perceptual_weights, settings=settings) == 0
+
+
 BUILTIN = ROOT / "tsdsr_core" / "assets" / "builtin.safetensors"
 
 
+@pytest.mark.posix
+@pytest.mark.rounding
 @pytest.mark.parametrize("trained", ["weights", "lora"])
 def test_two_processes_equal_one(trained, photos, tmp_path, published):
     for side in (200, 20):
         write_picture(tmp_path / "more" / f"{side}.png", Picture(photo(side, side)))
     arguments = ["--photos", photos, tmp_path / "more", "--device", "cpu"]
     arguments += ["--base", "builtin", "--teacher", BUILTIN] if trained == "weights" else lora_arguments(published)
-    settings = [text for text in SMALL if not text.startswith("run.batch")] + ["run.steps=2"]
+    settings = [text for text in SMALL if not text.startswith("run.batch")] + ["run.steps=3", "objective.fake_steps=2"]
     settings += LORA if trained == "lora" else []
     for name, processes, batch in (("one", 1, 2), ("two", 2, 1)):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -110,15 +125,24 @@ def test_two_processes_equal_one(trained, photos, tmp_path, published):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         ended = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
         assert ended.returncode == 0, ended.stderr[-3000:]
-        assert ended.stderr.count("left out of") == 1, "the first process speaks for all"
+        assert ended.stderr.count("left out images:") == 1, "the first process speaks for all"
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     start = weights_before(tmp_path / "one", lora_sources(published) if trained == "lora" else Sources(BUILTIN, BUILTIN))
     assert any("vae" in key for key in start)
-    moved = max(float((one[key] - start[key]).abs().max()) for key in start)
+    moved = torch.cat([(one[key] - start[key]).abs().flatten() for key in start]).mean()
     assert moved > 1e-5
+    gradients = [mean_gradients(tmp_path / name) for name in ("one", "two")]
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():  # kernels give up to 5e-5, a second process that does not step 0.07, a sum 1
+        assert (gradient - gradients[1][key]).norm() <= 1e-3 * gradient.norm(), key
     differences = torch.cat([(one[key] - two[key]).abs().flatten() for key in one])
-    assert differences.mean() < 1e-5 * moved
-    assert differences.max() < 0.1 * moved, "AdamW makes much of a rounding error where a gradient is nearly nothing"
+    assert differences.mean() < 1e-3 * moved, "kernels give 3e-6: single weights move by the sign of next to nothing"
+
+
+def mean_gradients(out: Path) -> dict[str, torch.Tensor]:
+    """AdamW's averages of the gradients, by group and number of the parameter: what the processes made together."""
+    groups = read_checkpoint(out / "last.pt").optimisers.items()
+    return {f"{group}.{number}": own["exp_avg"] for group, state in groups for number, own in state["state"].items()}
 
 
 def weights_before(out: Path, sources: Sources) -> dict[str, torch.Tensor]:
@@ -141,6 +165,7 @@ def lora_sources(published: Published) -> Sources:
 LORA = ["model.trained=lora", "model.rank=4", "objective.wavelet_levels=0", "optimiser.learning_rate=0.01"]
 
 
+@pytest.mark.rounding
 def test_exported_loras_reproduce_the_trainers_validation_picture(published, photos, tmp_path):
     arguments = lora_arguments(published)
     assert smoke(photos, tmp_path / "run", *arguments, settings=[*LORA, "run.steps=3"]) == 0
@@ -179,6 +204,7 @@ def test_exported_loras_reproduce_the_trainers_validation_picture(published, pho
     assert np.abs(upscaled("--model", published.sd3, "--lora-dir", tmp_path / "lora.safetensors") - whole).max() <= 1
 
 
+@pytest.mark.posix
 def test_exports_replace_nothing_unasked_and_come_whole(published, photos, tmp_path, capsys):
     """What is there already is refused before the work; a full disk leaves all files as they were."""
     arguments = lora_arguments(published)
@@ -277,9 +303,9 @@ def test_another_base_is_refused_when_a_run_goes_on_or_is_exported(photos, tmp_p
     capsys.readouterr()
     assert smoke(photos, tmp_path / "2", "--base", "builtin", "--resume", settings=["run.steps=2", "stage=teacher"]) == 2
     assert "steps 1 -> 2" in caplog.text
-    assert "another autoencoder than that of --base" in capsys.readouterr().err
+    assert "another autoencoder than --base gives" in capsys.readouterr().err
     assert train("export", tmp_path / "2" / "last.pt", "--base", "builtin", "-o", tmp_path / "t.safetensors") == 2
-    assert "with another autoencoder than that of --base" in capsys.readouterr().err
+    assert "with another autoencoder than --base gives" in capsys.readouterr().err
     assert not (tmp_path / "t.safetensors").exists()
 
 
@@ -291,25 +317,25 @@ def test_bad_input_is_one_line_and_nothing_is_written(photos, tmp_path, capsys):
     to = "--out", tmp_path / "x"
     cases = [
         ([bad, "--photos", photos, *to], "unknown key run.stepz; known keys:"),
-        ([tmp_path / "none.toml", "--photos", photos, *to], "no TOML file that can be read"),
+        ([tmp_path / "none.toml", "--photos", photos, *to], "cannot be read as a TOML file"),
         (
             [CONFIGS / "smoke.toml", "--photos", empty, *to, "--base", "builtin", "--teacher", BUILTIN],
             "empty",
         ),
         ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--set", "run.steps=0"], "run.steps = 0"),
         ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--set", "steps"], "expected TABLE.KEY=VALUE"),
-        ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--set", "stage.x=1"], "stage is no table"),
+        ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--set", "stage.x=1"], "stage is not a table"),
         ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--set", "objective.wavelet_levels=11"], "expected at most 10"),
         ([CONFIGS / "smoke.toml", "--photos", photos, *to], "needs --base"),
         ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--validation", empty], "expected hq/ and lq-PRESET/"),
         (
             [CONFIGS / "smoke.toml", "--photos", photos, *to, "--validation", empty, "--set", "stage=teacher"],
-            "--validation: stage 'teacher' restores nothing",
+            "--validation does not apply to stage 'teacher'",
         ),
-        (["evalset", photos, "--out", tmp_path / "x"], "evaluation needs at least 512x512"),
+        (["evalset", photos, "--out", tmp_path / "x"], "an evaluation set needs at least 512x512"),
         ([CONFIGS / "smoke.toml", *to], "--photos and --out are needed"),
-        ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--resume"], "no checkpoint that can be read"),
-        (["export", tmp_path / "none.pt", "-o", tmp_path / "x.safetensors"], "no checkpoint that can be read"),
+        ([CONFIGS / "smoke.toml", "--photos", photos, *to, "--resume"], "does not exist: expected a checkpoint"),
+        (["export", tmp_path / "none.pt", "-o", tmp_path / "x.safetensors"], "does not exist: expected a checkpoint"),
     ]
     for arguments, message in cases:
         assert train(*arguments) == 2, message
@@ -350,6 +376,7 @@ def on_a_full_disk(size: int, *arguments) -> str:
     return ended.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.posix
 def test_a_full_disk_leaves_the_last_good_files(photos, tmp_path):
     base = ["--base", "builtin", "--teacher", str(BUILTIN)]
     assert smoke(photos, tmp_path / "run", *base, settings=["run.steps=1"]) == 0
@@ -358,7 +385,7 @@ def test_a_full_disk_leaves_the_last_good_files(photos, tmp_path):
     arguments += ["--resume", "--set", *SMALL, "run.steps=2"]
     line = on_a_full_disk(len(good) // 2, *arguments)
     assert f"{tmp_path / 'run' / 'last.pt'} could not be written" in line
-    assert line.endswith("; the checkpoint before it stays")
+    assert line.endswith("; the previous checkpoint is kept")
     assert (tmp_path / "run" / "last.pt").read_bytes() == good
     out = tmp_path / "out.safetensors"
     line = on_a_full_disk(100_000, "export", tmp_path / "run" / "last.pt", "--base", "builtin", "-o", out)

@@ -4,8 +4,9 @@ from dataclasses import asdict
 
 import pytest
 
-from tsdsr_core.train.command import override
-from tsdsr_core.train.config import Config, from_dict, read_config
+from tsdsr_core.cli.train import override
+from tsdsr_core.train.config import Config
+from tsdsr_core.train.config_file import from_dict, read_config
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,26 @@ from tsdsr_core.train.config import Config, from_dict, read_config
         ("[objective]\nas_scores = true\nfirst_index = 0", "objective.first_index = 0: expected at least 1 with as_scores"),
         ("[model]\nlayers = 1", "model.layers = 1: expected at least 2"),
         ("stage = 'pretrain'", "set model.trained = 'weights'"),
-        ("steps =", "no TOML file that can be read"),
+        (
+            "[objective]\nperceptual = 'ssim'",
+            "objective.perceptual = 'ssim': expected one of gradients, lpips, lpips-alex, dists",
+        ),
+        (
+            "[pretrain]\nperceptual = 'ssim'",
+            "pretrain.perceptual = 'ssim': expected one of gradients, lpips, lpips-alex, dists",
+        ),
+        ("[pretrain]\nperceptual_weight = -1.0", "pretrain.perceptual_weight = -1.0: expected a number of at least 0"),
+        (
+            "stage = 'pretrain'\n[model]\ntrained = 'weights'\n[data]\ncrop = 32\n[pretrain]\nperceptual_weight = 1.0",
+            "data.crop = 32: expected at least 48 with pretrain.perceptual_weight",
+        ),
+        (
+            "stage = 'pretrain'\n[model]\ntrained = 'weights'\n[data]\ncrop = 64\n"
+            "[pretrain]\nperceptual_weight = 1.0\nperceptual_crop = 49",
+            r"pretrain.perceptual_crop = 49: expected 0, or 32 to 48 \(data.crop less 16\)",
+        ),
+        ("[pretrain]\ngrid_weight = -1.0", "pretrain.grid_weight = -1.0: expected a number of at least 0"),
+        ("steps =", "cannot be read as a TOML file"),
     ],
 )
 def test_what_cannot_be_trained_with_is_named(text, message, tmp_path):
@@ -68,3 +88,23 @@ def test_objectives_are_one_flag(name, share, levels):
     objective = from_dict({"objective": {"name": name}}).objective
     assert objective.vsd_part() == share
     assert len(objective.trajectory().offsets) == levels
+
+
+def test_configurations_of_before_the_perceptual_term_still_load():
+    values = asdict(Config())
+    for name in ("perceptual", "perceptual_weight"):
+        del values["pretrain"][name]
+    assert from_dict(values) == Config()
+    assert Config().pretrain.perceptual_weight == 0
+
+
+def test_a_stage_has_the_perceptual_distance_of_its_own_table():
+    pretrain = {"perceptual": "dists", "perceptual_weight": 0.1}
+    off = {"perceptual_weight": 0.0, "perceptual_weight_end": 0.0}
+    for stage, objective, expected in (
+        ("pretrain", {}, "dists"), ("teacher", {}, None), ("student", {}, "lpips"), ("student", off, None),
+        ("student", {"perceptual": "lpips-alex"}, "lpips-alex"), ("student", {"perceptual_weight": 0.0}, "lpips"),
+    ):  # fmt: skip
+        values = {"stage": stage, "objective": objective, "pretrain": pretrain, "model": {"trained": "weights"}}
+        assert from_dict(values).perceptual == expected
+    assert from_dict({"stage": "pretrain", "model": {"trained": "weights"}}).perceptual is None

@@ -9,18 +9,19 @@ import torch
 from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel
 
-from tsdsr_core.bundle import BUILTIN, read_bundle, write_bundle
-from tsdsr_core.diffusers_models import merged_bundle
-from tsdsr_core.prompt import PromptEmbeds, load_prompt, save_prompt
-from tsdsr_core.train import small_model
-from tsdsr_core.train.batch import Batch
-from tsdsr_core.train.build import Sources, build_networks
+from tsdsr_core.sd3.models import merged_bundle
 from tsdsr_core.train.checkpoint import read_checkpoint
-from tsdsr_core.train.config import Config, from_dict
+from tsdsr_core.train.config import Config
+from tsdsr_core.train.config_file import from_dict
+from tsdsr_core.train.data.batch import Batch
 from tsdsr_core.train.export import export
 from tsdsr_core.train.loop import Loop, learning_rate_factor
-from tsdsr_core.train.networks import FAKE, STUDENT, TEACHER
+from tsdsr_core.train.networks import small_model
+from tsdsr_core.train.networks.build import Sources, build_networks
+from tsdsr_core.train.networks.roles import FAKE, STUDENT, TEACHER
 from tsdsr_core.train.trainers import PretrainTrainer, StudentTrainer, TeacherTrainer
+from tsdsr_core.weights.bundle import BUILTIN, read_bundle, write_bundle
+from tsdsr_core.weights.prompt import PromptEmbeds, load_prompt, save_prompt
 
 from .tiny import photo
 
@@ -108,6 +109,7 @@ def test_two_steps_and_resume_equal_four_straight_steps_bit_for_bit(stage, train
     assert len(moved) > 0.5 * len(before), "nearly all that is trained moves"
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize(("stage", "trained"), STAGES)
 def test_bf16_gives_nearly_the_gradients_of_fp32(stage, trained, small, adapted, tmp_path):
     """The networks run in bf16; their weights, the losses and the gradients stay in fp32."""
@@ -130,6 +132,7 @@ def test_bf16_gives_nearly_the_gradients_of_fp32(stage, trained, small, adapted,
     assert losses == pytest.approx(expected, rel=0.1, abs=1e-3)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("stage", ["teacher", "student"])
 def test_checkpointed_activations_give_the_same_gradients(stage, adapted, tmp_path):
     """Layers that run again while gradients flow back must run with the adapter that they ran with."""
@@ -144,6 +147,7 @@ def test_checkpointed_activations_give_the_same_gradients(stage, adapted, tmp_pa
     assert all(torch.allclose(found[0][key], found[1][key], atol=1e-6, rtol=1e-4) for key in found[0])
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("trained", ["weights", "lora"])
 def test_two_batches_of_one_equal_one_batch_of_two(trained, small, adapted, tmp_path):
     """Each sample has its own noise, level and prompt, whatever batch it comes in."""
@@ -240,9 +244,9 @@ def test_checkpoints_of_other_models_are_refused(small, adapted, tmp_path):
     train(loop, settings)
     other = make(config("teacher", "lora"), adapted, tmp_path / "other")
     checkpoint = read_checkpoint(tmp_path / "last.pt")
-    with pytest.raises(ValueError, match="with another autoencoder than that of --base"):
+    with pytest.raises(ValueError, match="with another autoencoder than --base gives"):
         other.resume(checkpoint)
-    with pytest.raises(ValueError, match="the teacher in the checkpoint is of another model"):
+    with pytest.raises(ValueError, match="the teacher in the checkpoint belongs to another model"):
         other.resume(replace(checkpoint, frozen=other.trainer.networks.frozen))
 
 
@@ -251,7 +255,7 @@ def test_other_teachers_than_before_are_refused(small, tmp_path):
     train(make(settings, small, tmp_path), settings)
     checkpoint = read_checkpoint(tmp_path / "last.pt")
     assert set(checkpoint.frozen) == {"autoencoder", "prompt", "null prompt", "teacher"}
-    with pytest.raises(ValueError, match="with another teacher than that of --teacher: give what the run began with"):
+    with pytest.raises(ValueError, match="with another teacher than --teacher gives: use the one the run started with"):
         make(settings, replace(small, teacher=small.base), tmp_path).resume(checkpoint)
 
 
@@ -274,10 +278,10 @@ def test_other_bases_prompts_and_teachers_of_adapters_are_refused(adapted, publi
     prompt = load_prompt(adapted.embeddings)
     save_prompt(tmp_path / "p.safetensors", PromptEmbeds(prompt.tokens, prompt.pooled + 0.1))
     for option, other, message in (
-        ("base", tmp_path / "sd3", "another transformer than that of --base"),
-        ("teacher", tmp_path / "other" / "transformer.safetensors", "another teacher than that of --teacher"),
-        ("embeddings", tmp_path / "p.safetensors", "another prompt than that of --base, --embedding-dir or run.seed"),
-        ("null", tmp_path / "p.safetensors", "another null prompt than that of --null"),
+        ("base", tmp_path / "sd3", "another transformer than --base gives"),
+        ("teacher", tmp_path / "other" / "transformer.safetensors", "another teacher than --teacher gives"),
+        ("embeddings", tmp_path / "p.safetensors", "another prompt than --base, --embedding-dir or run.seed"),
+        ("null", tmp_path / "p.safetensors", "another null prompt than --null gives"),
     ):
         with pytest.raises(ValueError, match=message):
             make(settings, replace(sources, **{option: other}), tmp_path).resume(checkpoint)
@@ -289,12 +293,29 @@ def test_other_files_are_refused_by_name(small, tmp_path):
     values = torch.load(path, weights_only=True)
     del values["frozen"]
     for broken, message in (
-        (values, "lacks frozen: it is damaged"), ({**values, "version": 1}, "of version 1, this program reads 2"),
-        ([1], "no checkpoint of this trainer"),
+        (values, "is damaged, frozen missing"), ({**values, "version": 1}, "of version 1: this program reads version 2"),
+        ([1], "is not a checkpoint of tsdsr train"),
     ):  # fmt: skip
         torch.save(broken, path)
         with pytest.raises(ValueError, match=message):
             read_checkpoint(path)
+
+
+@pytest.mark.parametrize("damage", [
+    {"optimisers": {}}, {"optimisers": {"teacher": {}}}, {"optimisers": {"teacher": {"state": {0: {"step": torch.ones(())}}}}},
+    {"optimisers": {"teacher": {"state": {0: dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), torch.ones(()))}}}},
+    {"optimisers": {"teacher": {"state": {10**6: {}}}}}, {"optimisers": {"teacher": {"state": []}}},
+    {"average": {}}, {"weights": {}},
+])  # fmt: skip
+def test_checkpoints_without_what_a_run_goes_on_from_are_refused(damage, small, tmp_path):
+    settings, path = config("teacher", run={"steps": 1}), tmp_path / "last.pt"
+    train(make(settings, small, tmp_path), settings)
+    torch.save({**torch.load(path, weights_only=True), **damage}, path)
+    loop = make(settings, small, tmp_path)
+    before = {name: value.clone() for name, value in state(loop).items()}
+    with pytest.raises(ValueError, match=r"the (optimiser of the teacher|average|teacher) in the checkpoint (is|belongs)"):
+        loop.resume(read_checkpoint(path))
+    assert all(torch.equal(value, before[name]) for name, value in state(loop).items()), "nothing is changed"
 
 
 def test_settings_of_the_optimiser_hold_after_resuming(small, tmp_path):
@@ -360,5 +381,5 @@ def test_a_teacher_on_another_autoencoder_is_refused(small, tmp_path):
         write_bundle(tmp_path / f"{name}.safetensors", merged_bundle(transformer, vae, prompt, dtype, {}, {}))
     base = tmp_path / "base.safetensors"
     build_networks(config("student"), Sources(base, tmp_path / "same.safetensors"), CPU)
-    with pytest.raises(ValueError, match="was trained on another autoencoder"):
+    with pytest.raises(ValueError, match="was trained with another autoencoder"):
         build_networks(config("student"), Sources(base, tmp_path / "other.safetensors"), CPU)

@@ -12,12 +12,14 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import nn
 
 from tsdsr_core.flow import add_noise, schedule
-from tsdsr_core.image_io import Picture, write_picture
-from tsdsr_core.train import perceptual
-from tsdsr_core.train.batch import Batch
-from tsdsr_core.train.config import Config, from_dict
+from tsdsr_core.images.files import Picture, write_picture
+from tsdsr_core.metrics.perceptual import Dists, Lpips, read_weights
+from tsdsr_core.train.config import Config
+from tsdsr_core.train.config_file import from_dict
+from tsdsr_core.train.data.batch import Batch
 from tsdsr_core.train.loop import Loop
-from tsdsr_core.train.networks import FAKE, STUDENT, TEACHER, Condition, Networks
+from tsdsr_core.train.networks.roles import FAKE, STUDENT, TEACHER, Condition, Networks
+from tsdsr_core.train.objectives import perceptual
 from tsdsr_core.train.trainers import StudentTrainer, TeacherTrainer, caption_of, diffusion_loss, latent_of
 
 from .test_train_command import BUILTIN, LORA, lora_arguments, smoke, weights
@@ -214,25 +216,39 @@ PYIQA = """
 import torch
 
 def create_metric(name, device, as_loss):
-    assert (name, device, as_loss) == ("lpips-vgg", torch.device("cpu"), True)
+    assert (device, as_loss) == (torch.device("cpu"), True)
+    factor = {"lpips-vgg": 1, "lpips": 2, "dists": 3}[name]
     def metric(image, reference):
         assert image.min() >= 0 and image.max() <= 1
-        return (image - reference).abs().mean((1, 2, 3), keepdim=True)
+        return factor * (image - reference).abs().mean((1, 2, 3), keepdim=True)
     return metric
 """
 
 
-def test_lpips_is_that_of_pyiqa(tmp_path, monkeypatch):
+def test_without_a_file_networks_are_those_of_pyiqa(tmp_path, monkeypatch):
     (tmp_path / "pyiqa.py").write_text(PYIQA)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pyiqa", raising=False)
-    perceptual.check_distance("lpips")
-    reference, image = photo(16, 16), (photo(16, 16) + 0.1).requires_grad_(True)
-    found = perceptual.distance("lpips", CPU)(image, reference)
+    for name, factor in (("lpips", 1), ("lpips-alex", 2), ("dists", 3)):
+        perceptual.check_distance(name, None)
+        reference, image = photo(16, 16), (photo(16, 16) + 0.1).requires_grad_(True)
+        found = perceptual.distance(name, CPU)(image, reference)
+        assert found.item() == pytest.approx(factor * (image.clamp(0, 1) - reference).abs().mean().item())
+        found.backward()
+        assert image.grad.abs().max() > 0
     del sys.modules["pyiqa"]  # imported from a folder that goes with the test
-    assert found.item() == pytest.approx((image.clamp(0, 1) - reference).abs().mean().item())
-    found.backward()
-    assert image.grad.abs().max() > 0
+
+
+def test_with_a_file_networks_are_those_of_the_file(perceptual_weights, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    weights, reference = read_weights(perceptual_weights), photo(40, 40, 1, 2)
+    networks = {"lpips": Lpips(weights, "vgg16"), "lpips-alex": Lpips(weights, "alexnet"), "dists": Dists(weights)}
+    for name, network in networks.items():
+        image = (photo(40, 40, 2, 2) + 0.2).requires_grad_(True)
+        found = perceptual.distance(name, CPU, perceptual_weights)(image, reference)
+        assert found.item() == pytest.approx(network(image.clamp(0, 1), reference).mean().item(), rel=1e-6)
+        found.backward()
+        assert image.grad.abs().max() > 0
 
 
 @pytest.fixture
@@ -242,12 +258,22 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def test_lpips_without_pyiqa_is_one_line_before_models_are_loaded(photos, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("stage", ["student", "pretrain"])
+def test_a_perceptual_term_without_its_network_is_one_line_before_models_are_loaded(
+    stage, photos, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "pyiqa", None)
-    nowhere = ["--base", tmp_path / "none.safetensors"]
-    assert smoke(photos, tmp_path / "run", *nowhere, settings=["objective.perceptual=lpips"]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.endswith("needs pyiqa: pip install -e '.[metrics]', or set perceptual = 'gradients'")
+    settings = [f"stage={stage}", "objective.perceptual=lpips", "pretrain.perceptual_weight=1.0", "data.crop=48"]
+    for more, message in (
+        ([], "perceptual = 'lpips' needs --perceptual-weights FILE (docs/evaluation.md explains how to make one), or pyiqa:"),
+        (
+            ["--perceptual-weights", tmp_path / "no.safetensors"],
+            "no.safetensors does not exist: expected a file of perceptual weights",
+        ),
+    ):
+        assert smoke(photos, tmp_path / "run", "--base", tmp_path / "none.safetensors", *more, settings=settings) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert message in line
 
 
 @pytest.fixture

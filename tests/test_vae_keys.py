@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from tsdsr_core.sd3 import VAE_CONFIG
-from tsdsr_core.vae_keys import to_diffusers, to_original, weights_to_diffusers, weights_to_original
+from tsdsr_core.sd3.config import VAE_CONFIG
+from tsdsr_core.weights.vae_keys import to_diffusers, to_original, weights_to_diffusers, weights_to_original
 
 
 @pytest.fixture(scope="module")

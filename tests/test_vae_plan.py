@@ -4,9 +4,10 @@ from diffusers import AutoencoderKL
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsdsr_core.sd3 import VAE_CONFIG
-from tsdsr_core.vae_plan import LEAST_TILE, PLACES, Form, Region, plan_places, plan_tiles, reading
-from tsdsr_core.vae_program import decoder_program, encoder_program
+from tsdsr_core.sd3.config import VAE_CONFIG
+from tsdsr_core.vae.forms import KEY_TILE, NVIDIA, Form, Kernels, tile_bytes
+from tsdsr_core.vae.plan import LEAST_TILE, PLACES, Region, plan_places, plan_tiles, reading
+from tsdsr_core.vae.program import decoder_program, encoder_program
 
 GB = 10**9
 SAME, POINT = Form("map", 8, 8), Form("map", 8, 8, reach=0)
@@ -91,10 +92,13 @@ def test_the_bars_in_16_bit(sd3, half, channels):
     assert plans[4096].host_bytes == (channels + 3) * 4096**2 * 2 + 16 * 512**2 * 2 * (1 if half == "decoder" else 2)
 
 
-def test_one_tile_where_everything_fits(sd3):
-    plan = plan_tiles(sd3["decoder"], 96, 64, 2, 80 * GB)
+@pytest.mark.parametrize(("side", "free"), [(768, 80), (1024, 4), (2048, 12)])
+def test_one_tile_where_everything_fits(sd3, side, free):
+    """As large as the memory allows, not up to one size on every card."""
+    plan = plan_tiles(sd3["decoder"], side // 8, side // 8 - 16, 2, free * GB)
     assert all(step.whole for step in plan.steps)
     assert plan.tiles == len(plan.steps)
+    assert plan.fits
 
 
 def test_tiles_take_about_the_same_memory_at_every_width(sd3):
@@ -170,3 +174,48 @@ def test_impossible_tiles_are_named(sd3, tile):
 def test_a_picture_of_which_nothing_is_left_is_named(sd3):
     with pytest.raises(ValueError, match="a picture of 40x7 is too small"):
         plan_tiles(sd3["encoder"], 7, 40, 2)
+
+
+CAREFUL = Kernels("streamed", unfolded=True)
+
+
+@pytest.mark.parametrize("kernels", [CAREFUL, Kernels("scored", unfolded=True)])
+@pytest.mark.parametrize("free", [2.5, 8, 24])
+def test_scores_and_columns_fit_into_memory_too(sd3, kernels, free):
+    """2048x2048 has 65536 queries and keys: all scores would take 17 GB, and the neighbours of one map 19 GB."""
+    plan = plan_tiles(sd3["decoder"], 256, 256, 2, int(free * GB), kernels=kernels)
+    assert plan.fits
+    assert plan.device_bytes <= free * GB
+    step = next(step for step in plan.steps if step.form.kind == "queries")
+    keys = 256**2 if kernels.attention == "scored" and plan.keys == "device" else KEY_TILE**2
+    assert 2 * 4 * step.tile_height * step.tile_width * keys <= min(free * GB, 2**30)
+
+
+def test_scores_are_counted(sd3):
+    """Twice in fp32, before and after the softmax; of all keys, or of a tile of them."""
+    form = next(form for form in sd3["decoder"] if form.kind == "queries")
+    fused, scored, streamed = (
+        tile_bytes(form, 10, 20, 2, "device", "device", Kernels(attention), 128**2)
+        for attention in ("fused", "scored", "streamed")
+    )
+    assert scored - fused >= 2 * 4 * 200 * 128**2
+    assert streamed >= 2 * 4 * 200 * KEY_TILE**2
+    assert streamed < scored
+    assert streamed == tile_bytes(form, 10, 20, 2, "device", "host", NVIDIA, 128**2), "as from host memory"
+
+
+@pytest.mark.parametrize(("form", "columns"), [(SAME, 12 * 22), (UP, 16 * 26), (DOWN, 10 * 20), (POINT, 0)])
+def test_written_out_neighbours_are_counted(form, columns):
+    """Nine values of each channel for each pixel that a convolution gives; a pointwise one has none."""
+    plain, unfolded = (
+        tile_bytes(form, 10, 20, 2, "device", "device", kernels, 200) for kernels in (NVIDIA, Kernels("fused", unfolded=True))
+    )
+    assert unfolded - plain == 9 * 8 * columns * 2
+
+
+@pytest.mark.parametrize("kernels", [CAREFUL, Kernels("scored", unfolded=True)])
+def test_no_matrix_has_more_elements_than_kernels_can_count(sd3, kernels):
+    for step in plan_tiles(sd3["decoder"], 1024, 1024, 2, 10**13, kernels=kernels).steps:
+        area = step.tile_height * step.tile_width
+        keys = {"streamed": KEY_TILE**2, "scored": step.height * step.width}[kernels.attention]
+        assert area * (keys if step.form.kind == "queries" else 9 * step.form.reads) < 2**31

@@ -3,9 +3,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from tsdsr_core.sd3 import VAE_CONFIG
-from tsdsr_core.vae_keys import weights_to_original
-from tsdsr_core.vae_program import Keys, Queries, decoder_program, encoder_program
+from tsdsr_core.sd3.config import VAE_CONFIG
+from tsdsr_core.vae.program import Keys, Queries, decoder_program, encoder_program
+from tsdsr_core.weights.vae_keys import weights_to_original
 
 SMALL = {
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -175,6 +175,38 @@ def test_nothing_is_changed():
     decoder_program(vae)
     encoder_program(vae)
     assert {name: dict(vars(module)) for name, module in vae.named_modules()} == before
+
+
+def compiled(vae: nn.Module, *paths: str) -> nn.Module:
+    """``vae`` with parts as ``torch.compile`` gives them."""
+    for path in paths:
+        owner, _, name = path.rpartition(".")
+        setattr(vae.get_submodule(owner), name, torch.compile(vae.get_submodule(path)))
+    return vae
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("encoder", "decoder"),
+        ("decoder.mid_block", "decoder.up_blocks.1", "decoder.up_blocks.2.resnets.0", "decoder.conv_in", "decoder.conv_act"),
+        ("decoder.up_blocks.0.resnets.1.norm1", "decoder.up_blocks.0.resnets.1.nonlinearity", "post_quant_conv", "decoder"),
+    ],
+)
+def test_compiled_parts_are_what_they_were(paths):
+    """The same passes with the same modules, none of which is compiled; what is loaded is left compiled."""
+    vae = small_vae()
+    expected = [decoder_program(vae), encoder_program(vae)]
+    found = [decoder_program(compiled(vae, *paths)), encoder_program(vae)]
+    for before, after in zip(expected, found, strict=True):
+        assert [vars(op) for op in before] == [vars(op) for op in after]
+    for path in paths[-1:]:
+        assert type(vae.get_submodule(path)).__name__ == "OptimizedModule"
+
+
+def test_a_compiled_autoencoder_is_what_it_was():
+    vae = small_vae()
+    assert [vars(op) for op in decoder_program(torch.compile(vae))] == [vars(op) for op in decoder_program(vae)]
 
 
 def change(path: str, value):

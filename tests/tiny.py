@@ -87,3 +87,12 @@ def photo(height: int, width: int, seed: int = 0, batch: int = 1) -> Tensor:
     noise = torch.rand(batch, 3, height // 8 + 2, width // 8 + 2, generator=torch.Generator().manual_seed(seed))
     smooth = torch.nn.functional.interpolate(noise, (height, width), mode="bicubic", align_corners=False)
     return (smooth.clamp(0, 1) * 255).round() / 255
+
+
+def disc(side: int, soft: float) -> tuple[Tensor, Tensor]:
+    """A white disc ``(1, 3, side, side)`` over hidden black, and its 8-bit alpha with an edge ``soft`` pixels wide."""
+    middle = torch.arange(side) + 0.5 - side / 2
+    distance = torch.hypot(middle[:, None], middle)
+    alpha = ((side / 3 - distance) / soft + 0.5).clamp(0, 1) if soft else (distance < side / 3).float()
+    alpha = (alpha * 255).round()[None, None] / 255
+    return (alpha > 0).float().repeat(1, 3, 1, 1), alpha

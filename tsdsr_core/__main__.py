@@ -1,4 +1,4 @@
-"""``python -m tsdsr_core`` is the command ``tsdsr``."""
+"""Lets ``python -m tsdsr_core`` run the command ``tsdsr``."""
 
 import sys
 

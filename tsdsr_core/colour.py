@@ -1,7 +1,7 @@
-"""Colour fixes: give a restored image the colours of its input.
+"""Colour fixes: transfer the colours of the input to the restored image.
 
-All functions take float tensors ``(B, 3, H, W)`` of any value range (RGB in 0..1 for ``lab``), each image of the batch
-on its own, and return a tensor like ``content``; nothing is clamped.
+All functions take float tensors ``(B, 3, H, W)`` of any value range (RGB in 0..1 for ``lab``), process each image of the
+batch separately and return a tensor like ``content``. Results are not clamped.
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_number
+from .errors import InputError
+
 METHODS = ("wavelet", "adain", "lab", "none")
 WAVELET_LEVELS = 5
+WAVELET_LEVELS_RANGE = (1, 10)
 
 
 def match_colour(content: Tensor, style: Tensor, method: str, wavelet_levels: int = WAVELET_LEVELS) -> Tensor:
@@ -19,11 +23,15 @@ def match_colour(content: Tensor, style: Tensor, method: str, wavelet_levels: in
 
     Args:
         content: restored image, ``(B, 3, H, W)``.
-        style: image whose colours are wanted; for ``wavelet`` of the same size as ``content``.
-        wavelet_levels: number of wavelet levels, at least 1.
+        style: image to take the colours from; for ``wavelet`` of the same size as ``content``.
+        wavelet_levels: number of wavelet levels, from 1 to 10.
 
     Raises:
-        ValueError: for an unknown method.
+        InputError: for an unknown method or an invalid number of levels.
+
+    >>> grey, red = torch.full((1, 3, 4, 4), 0.5), torch.tensor([0.9, 0.2, 0.2]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    >>> match_colour(grey, red, "wavelet")[0, :, 0, 0]
+    tensor([0.9000, 0.2000, 0.2000])
     """
     if method == "wavelet":
         return wavelet(content, style, wavelet_levels)
@@ -33,46 +41,55 @@ def match_colour(content: Tensor, style: Tensor, method: str, wavelet_levels: in
         return lab(content, style)
     if method == "none":
         return content
-    raise ValueError(f"unknown colour fix {method!r}: expected one of {', '.join(METHODS)}")
+    raise InputError(f"unknown colour fix {method!r}: expected one of {', '.join(METHODS)}")
+
+
+def check_levels(levels: int) -> None:
+    """Raise ``InputError`` unless ``levels`` is a valid number of wavelet levels (0 would return the reference itself)."""
+    check_number("wavelet levels", levels, *WAVELET_LEVELS_RANGE, whole=True)
 
 
 def wavelet(content: Tensor, style: Tensor, levels: int = WAVELET_LEVELS) -> Tensor:
-    """High frequencies of ``content`` on the low frequencies of ``style`` (a-trous wavelet decomposition).
+    """High frequencies of ``content`` with the low frequencies of ``style`` (a-trous wavelet decomposition).
 
-    The detail bands sum to ``content - low(content)``, so the result is ``content + low(style - content)``, low being
+    The detail bands sum to ``content - low(content)``, so the result is ``content + low(style - content)``, where low is
     ``levels`` passes of the kernel [1 2 1] x [1 2 1] / 16 with dilations 1, 2, 4, ... and replicated borders
-    (StableSR, Wang et al. 2023).  Large pictures run in strips, with the rows above and below that the passes reach.
+    (StableSR, Wang et al. 2023).  Large images are processed in strips with a halo, which gives the same result.
+
+    Raises:
+        InputError: for an invalid number of levels.
     """
-    height, reach = content.shape[2], 2**levels - 1
-    rows = max(_STRIP // content.shape[3], reach)
+    check_levels(levels)
+    height, halo = content.shape[2], 2**levels - 1
+    rows = max(_STRIP // content.shape[3], halo)
     if height <= rows:
         return content + wavelet_low(style - content, levels)
     result = torch.empty_like(content)
     for top in range(0, height, rows):
-        first, last = max(0, top - reach), min(height, top + rows + reach)
+        first, last = max(0, top - halo), min(height, top + rows + halo)
         low = wavelet_low(style[:, :, first:last] - content[:, :, first:last], levels)[:, :, top - first :][:, :, :rows]
         result[:, :, top : top + rows] = content[:, :, top : top + rows] + low
     return result
 
 
 _STRIP = 2**22
-"""Pixels of a strip; the passes hold about nine times their memory."""
+"""Pixels of a strip; filtering takes about nine times their memory."""
 
 
 def wavelet_low(image: Tensor, levels: int) -> Tensor:
-    """The low band that ``levels`` a-trous passes leave of ``image``."""
+    """Low frequencies of ``image`` after ``levels`` a-trous passes."""
     channels = image.shape[1]
     row = torch.tensor([0.25, 0.5, 0.25], dtype=image.dtype, device=image.device)
     kernel = torch.outer(row, row).expand(channels, 1, 3, 3)
     for level in range(levels):
-        reach = 2**level
-        padded = F.pad(image, (reach, reach, reach, reach), mode="replicate")
-        image = F.conv2d(padded, kernel, groups=channels, dilation=reach)
+        dilation = 2**level
+        padded = F.pad(image, (dilation,) * 4, mode="replicate")
+        image = F.conv2d(padded, kernel, groups=channels, dilation=dilation)
     return image
 
 
 def adain(content: Tensor, style: Tensor, eps: float = 1e-5) -> Tensor:
-    """Per-channel mean and standard deviation of ``style`` (adaptive instance normalisation, Huang & Belongie 2017).
+    """``content`` with the mean and standard deviation of each channel of ``style`` (AdaIN, Huang & Belongie 2017).
 
     Args:
         eps: added to the variances.
@@ -85,8 +102,8 @@ def adain(content: Tensor, style: Tensor, eps: float = 1e-5) -> Tensor:
 def lab(content: Tensor, style: Tensor) -> Tensor:
     """Lightness of ``content`` with the chroma statistics of ``style``.
 
-    Both images, sRGB in 0..1, go to CIE 1976 L*a*b* (D65); mean and standard deviation of a* and b* are matched
-    (Reinhard et al. 2001, on chroma only) and the lightness mean is moved to that of ``style``.
+    Both images, sRGB in 0..1, are converted to CIE 1976 L*a*b* (D65). The mean and standard deviation of a* and b* are
+    matched (Reinhard et al. 2001, chroma only), and the mean lightness is shifted to that of ``style``.
     """
     content_lab, style_lab = rgb_to_lab(content), rgb_to_lab(style)
     shift = style_lab[:, :1].mean((2, 3), True) - content_lab[:, :1].mean((2, 3), True)
@@ -96,7 +113,7 @@ def lab(content: Tensor, style: Tensor) -> Tensor:
 
 
 _CHROMA_EPS = 0.25
-"""Variance of a* and b* of a picture without colour to the eye: its noise is not blown up to match."""
+"""Added to the variances of a* and b*, so that the noise of a nearly grey image is not amplified."""
 _D65 = (0.95047, 1.0, 1.08883)
 _RGB_TO_XYZ = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041))
 _EPSILON, _KAPPA = 216 / 24389, 24389 / 27
@@ -122,7 +139,7 @@ def lab_to_rgb(image: Tensor) -> Tensor:
 
 
 def _mix(image: Tensor, matrix: Tensor) -> Tensor:
-    return torch.einsum("ij,bjhw->bihw", matrix.to(image), image)
+    return torch.einsum("ij,bjhw->bihw", matrix.to(image.dtype).to(image.device), image)  # some devices have no float64
 
 
 def _column(image: Tensor, values: tuple[float, ...]) -> Tensor:

@@ -1,6 +1,6 @@
 """One-step and flow-matching arithmetic of SD3 (rectified flow), on tensors of any shape.
 
-The forward process is ``z_t = (1 - sigma) z_0 + sigma e`` with ``e ~ N(0, I)`` and the network predicts the velocity
+The forward process is ``z_t = (1 - sigma) z_0 + sigma e`` with ``e ~ N(0, I)``; the network predicts the velocity
 ``v = e - z_0`` (Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 13).  TSD-SR (Dong et al., CVPR 2025,
 sec. 3.1) replaces the noise at sigma = 1 by the latent of the low-quality image and takes a single step.
 """
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 TIMESTEP = 1000.0
-"""Timestep of the single step; SD3 counts timesteps as ``1000 * sigma``."""
+"""Timestep of the single step; SD3's timesteps are ``1000 * sigma``."""
 SHIFT = 3.0
+"""SD3's shift of the noise schedule towards more noise."""
 SCHEDULE_STEPS = 1000
+"""Number of levels of SD3's noise schedule."""
 
 
 def one_step(z: Tensor, velocity: Tensor, strength: float = 1.0) -> Tensor:
@@ -22,7 +24,10 @@ def one_step(z: Tensor, velocity: Tensor, strength: float = 1.0) -> Tensor:
     Args:
         z: scaled latent of the low-quality image, any shape.
         velocity: network output, same shape as ``z``.
-        strength: 1 is the published result, 0 leaves the latent as it is.
+        strength: 1 gives the published result, 0 returns ``z`` unchanged.
+
+    >>> one_step(torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.5]))
+    tensor([0.5000, 2.5000])
     """
     return z - strength * velocity
 
@@ -33,15 +38,19 @@ def add_noise(z0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def x0_from_velocity(z_t: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
-    """``z_0 = z_t - sigma v``: the clean latent that a velocity implies at noise level ``sigma``."""
+    """``z_0 = z_t - sigma v``: the clean latent that a velocity at noise level ``sigma`` predicts."""
     return z_t - sigma * velocity
 
 
 def shifted(sigma: Tensor, shift: float = SHIFT) -> Tensor:
-    """``m s / (1 + (m - 1) s)``: noise levels moved toward more noise (Esser et al. 2024, eq. 23; SD3 has ``m = 3``)."""
+    """``m s / (1 + (m - 1) s)``: noise levels shifted towards more noise (Esser et al. 2024, eq. 23; SD3 has ``m = 3``)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def schedule(steps: int = SCHEDULE_STEPS, shift: float = SHIFT) -> Tensor:
-    """SD3's noise levels ``(steps,)`` from 1 down to almost 0, fp32."""
+    """SD3's noise levels ``(steps,)`` from 1 down to almost 0, fp32.
+
+    >>> schedule(4)
+    tensor([1.0000, 0.9000, 0.7500, 0.5000])
+    """
     return shifted(torch.arange(steps, 0, -1) / steps, shift)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,14 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import colour, official
+from .checks import check_choice, check_number
+from .errors import InputError
 from .flow import one_step
-from .geometry import PROCESS_SIZE, SCALE_RANGE, Size, SizePlan, plan_size
-from .memory import TileMemory
-from .tile_blend import Cutting, Velocity, centred_window, fitting_velocity, official_window
-from .tile_plan import OVERLAP, STRETCH, TILE, TilePlan, TileSettings, even_tiles, official_tiles
+from .image_size import PROCESS_SIZE, PROCESS_SIZE_RANGE, SCALE_RANGE, Size, SizePlan, plan_size
+from .system.precision import check_finite
+from .tiles.blend import Velocity, fitting_velocity
+from .tiles.memory import TileMemory
+from .tiles.plan import LEAST_TILE, OVERLAP, TILE, Tiling, choose_tiling
+
+STRENGTH_RANGE = (0.0, 2.0)
+_ADVICE = "run the model in fp32 (--dtype fp32), and check that the LoRA fits it"
+"""Where values are not finite."""
+
+GROUP_PIXELS = 1 << 23
+"""Pixels of the images that go through a stage together: enough that a model which leaves the device between stages is not
+loaded for each of many small images, and few enough that their latents take little memory beside the results."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total); stages are "encode", "step" and "decode"."""
+"""Called with (stage, done, total); stages are "encode", "step", "decode" and "colour"."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,8 @@ class Model:
     """Longest latent side that the transformer's position table covers."""
     memory: TileMemory = field(default_factory=TileMemory)
     """Chooses side and batch of the tiles where the options do not."""
+    check_memory: Callable[[int, int], None] = lambda height, width: None
+    """Raises ``MemoryError`` where ``encode`` or ``decode`` would for pixels of a height and width."""
 
 
 @dataclass(frozen=True)
@@ -50,29 +63,39 @@ class Options:
     scale: float = 4.0
     colour_fix: str = "wavelet"
     wavelet_levels: int = colour.WAVELET_LEVELS
+    """From 1 to 10."""
     strength: float = 1.0
     recipe: str = "default"
     tile: int | None = None
-    """Side in latent cells; None for about the published 64, or less where memory is short."""
+    """Side in latent cells, at least 16; None for about the published 64, or less where the model sees less or memory is
+    short."""
     tile_overlap: int = OVERLAP
+    """Least overlap in latent cells, at most three quarters of the tile."""
     tile_batch: int | None = None
     """None for as many as fit into memory."""
     process_size: int = PROCESS_SIZE
+    """A result whose shorter side has fewer pixels is worked on at this size, 0 to 4096; 0 for never."""
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise ValueError(f"unknown recipe {self.recipe!r}: expected one of {', '.join(RECIPES)}")
-        if self.colour_fix not in colour.METHODS:
-            raise ValueError(f"unknown colour fix {self.colour_fix!r}: expected one of {', '.join(colour.METHODS)}")
-        low, high = SCALE_RANGE
-        if not low <= self.scale <= high:  # also false for NaN
-            raise ValueError(f"scale {self.scale}: expected a number from {low:g} to {high:g}")
+        check_choice("recipe", self.recipe, RECIPES)
+        check_choice("colour fix", self.colour_fix, colour.METHODS)
+        check_number("scale", self.scale, *SCALE_RANGE)
         if self.recipe == "official" and self.scale != int(self.scale):
-            raise ValueError(f"scale {self.scale}: the official recipe needs a whole number")
-        if not 0 <= self.strength <= 2:
-            raise ValueError(f"strength {self.strength}: expected a number from 0 to 2")
-        if self.tile_batch is not None and self.tile_batch < 1:
-            raise ValueError(f"tile batch {self.tile_batch}: expected at least 1")
+            raise InputError(f"scale {self.scale}: the official recipe needs a whole number")
+        colour.check_levels(self.wavelet_levels)
+        check_number("strength", self.strength, *STRENGTH_RANGE)
+        if self.tile is not None:
+            check_number("tile", self.tile, LEAST_TILE, whole=True)
+        check_number("tile overlap", self.tile_overlap, 0, whole=True)
+        if self.tile_batch is not None:
+            check_number("tile batch", self.tile_batch, 1, whole=True)
+        check_number("process size", self.process_size, *PROCESS_SIZE_RANGE, whole=True)
+
+    def tiling(self, patch: int, longest_side: int | None, memory: TileMemory) -> Tiling:
+        """The tiling for a model of a patch size that sees ``longest_side`` latent cells; longer tiles are cut to that."""
+        official = self.recipe == "official"
+        affordable = TILE if official else memory.side()
+        return choose_tiling(self.tile, self.tile_overlap, patch, longest_side, affordable, self.tile_batch, official)
 
 
 @dataclass(frozen=True)
@@ -80,8 +103,6 @@ class Recipe:
     """The steps in which the improved and the published procedure differ."""
 
     sizes: Callable[[Size, float, int, int], SizePlan]
-    tiles: Callable[[int, int, TileSettings], TilePlan]
-    window: Callable[[int, int], Tensor]
     enlarge: Callable[[Tensor, Size], Tensor]
     """Image in 0..1 and a (height, width) -> what is encoded, in 0..1."""
     finish: Callable[[Tensor, Tensor, Size, Options], Tensor]
@@ -91,52 +112,95 @@ def _quiet(stage: str, done: int, total: int) -> None:
     """The progress callback of those who do not watch."""
 
 
+@dataclass(frozen=True)
+class Stages:
+    """The three stages of the pipeline in which diffusers and ComfyUI differ; latents are unscaled."""
+
+    encode: Callable[[Tensor], Tensor]
+    """One image ``(1, 3, H, W)`` in -1..1 -> latents ``(1, C, h, w)``."""
+    step: Callable[[Tensor], Tensor]
+    """Latents of several images ``(B, C, h, w)`` -> the same after the one step, in tiles where they are large."""
+    decode: Callable[[Tensor], Tensor]
+    """Latents of one image -> its pixels in about -1..1."""
+
+
 def restore(image: Tensor, model: Model, options: Options, progress: Progress = _quiet) -> Tensor:
     """Restore and enlarge a batch of images; each image is on its own.
 
     Args:
         image: ``(B, 3, H, W)`` in 0..1, any size from 1x1, where the model's functions take it.
-        progress: told of each finished image (encode, decode) and tile batch (step).
+        progress: told of each finished image (encode, decode, colour) and tile batch (step).
 
     Returns:
         ``(B, 3, scale H, scale W)`` in 0..1, the sides to the nearest pixel, halves up.
 
     Raises:
-        ValueError: for an impossible option or a non-finite input, before any work.
-        FloatingPointError: if the result is not finite.
+        InputError: for an impossible option or a non-finite input, before any work.
+        MemoryError: where an image of this size does not fit into memory, before any work.
+        FloatingPointError: where a result of the model is not finite, naming the part.
     """
     check_image(image)
+    stages = stages_of(model, options, progress)
+    size = RECIPES[options.recipe].sizes(
+        (image.shape[2], image.shape[3]), options.scale, model.vae_factor * model.patch, options.process_size
+    )
+    model.check_memory(*size.padded)
+    return torch.cat(list(run_stages(image, size, stages, options, progress)))
+
+
+def run_stages(
+    images: Tensor, size: SizePlan, stages: Stages, options: Options, progress: Progress = _quiet
+) -> Iterator[Tensor]:
+    """The pipeline: yields the restored images ``(1, 3, *size.target)`` in 0..1, one by one.
+
+    Memory does not grow with the batch: images go through the stages in groups of ``GROUP_PIXELS``, through the autoencoder
+    singly; the step takes the tiles of a group together.
+    """
     recipe = RECIPES[options.recipe]
-    size = recipe.sizes((image.shape[2], image.shape[3]), options.scale, model.vae_factor * model.patch, options.process_size)
-    restored = restore_at(image, size, model, options, progress)
-    if not torch.isfinite(restored).all():
-        raise FloatingPointError("the result is not finite; try --dtype fp32, and check that the LoRA fits the model")
-    return recipe.finish(restored, image, size.target, options)
+    for index, restored in enumerate(restored_images(images, size, stages, recipe.enlarge, progress)):
+        finished = recipe.finish(restored, images[index : index + 1], size.target, options)
+        progress("colour", index + 1, len(images))
+        yield finished
 
 
-def restore_at(image: Tensor, size: SizePlan, model: Model, options: Options, progress: Progress = _quiet) -> Tensor:
-    """The restored batch at its working size ``(B, 3, *size.work)`` in 0..1, before the colour fix."""
-    x = to_pixels(image, size, RECIPES[options.recipe].enlarge)
-    z = model.scaling_factor * _one_by_one(model.encode, x, "encode", progress)
-    z = one_step(z, predict_velocity(z, model, options, progress), options.strength)
-    y = _one_by_one(model.decode, z / model.scaling_factor, "decode", progress)
-    return from_pixels(y, size)
+def restored_images(
+    images: Tensor, size: SizePlan, stages: Stages, enlarge: Callable[[Tensor, Size], Tensor], progress: Progress = _quiet
+) -> Iterator[Tensor]:
+    """What the stages make of ``images``: each ``(1, 3, *size.work)`` in 0..1, before the colour fix."""
+    count, together = len(images), max(1, GROUP_PIXELS // (size.padded[0] * size.padded[1]))
+    for start in range(0, count, together):
+        encoded = []
+        for image in images[start : start + together].split(1):
+            encoded.append(stages.encode(to_pixels(image, size, enlarge)))
+            progress("encode", start + len(encoded), count)
+        latents = check_finite(torch.cat(encoded), "the result of the VAE encoder", _ADVICE)
+        del encoded
+        latents = check_finite(stages.step(latents), "the result of the step", _ADVICE)
+        for index, latent in enumerate(latents.split(1), start):
+            pixels = check_finite(stages.decode(latent), "the result of the VAE decoder", _ADVICE)
+            progress("decode", index + 1, count)
+            yield from_pixels(pixels, size)
 
 
-def predict_velocity(z: Tensor, model: Model, options: Options, progress: Progress) -> Tensor:
-    """Velocity of scaled latents ``(B, C, h, w)``, in tiles where they are large."""
-    recipe = RECIPES[options.recipe]
-    cutting = Cutting(tile_settings(model, options), options.tile_batch, recipe.tiles, recipe.window)
-    return fitting_velocity(model.velocity, z, cutting, model.memory, lambda done, total, _: progress("step", done, total))
+def stages_of(model: Model, options: Options, progress: Progress = _quiet) -> Stages:
+    """The stages of the library's model; raises ``InputError`` for tiles that do not suit it."""
+    tiling = tiling_of(model, options)
+
+    def step(latents: Tensor) -> Tensor:
+        z = model.scaling_factor * latents
+        velocity = fitting_velocity(
+            model.velocity, z, tiling, model.memory, lambda done, total, _: progress("step", done, total)
+        )  # fmt: skip
+        return one_step(z, velocity, options.strength) / model.scaling_factor
+
+    return Stages(model.encode, step, model.decode)
 
 
-def tile_settings(model: Model, options: Options) -> TileSettings:
-    """The tile settings of ``options`` for ``model``; raises ``ValueError`` where they do not suit it."""
-    side = min(TILE, model.longest_side or TILE) if options.tile is None else options.tile
-    if options.tile is not None or options.recipe == "official":
-        return TileSettings(side, options.tile_overlap, model.patch, model.longest_side)
-    settings = TileSettings(side, options.tile_overlap, model.patch, model.longest_side, STRETCH)
-    return settings.with_tile(min(side, model.memory.side()))
+def tiling_of(model: Model, options: Options) -> Tiling:
+    """The tiling of ``options`` for ``model``; raises ``InputError`` where they do not suit it."""
+    if options.tile is not None and model.longest_side is not None and options.tile > model.longest_side:
+        raise InputError(f"tile {options.tile} is above the {model.longest_side} latent cells that this model can see")
+    return options.tiling(model.patch, model.longest_side, model.memory)
 
 
 def bicubic(image: Tensor, size: Size) -> Tensor:
@@ -144,6 +208,8 @@ def bicubic(image: Tensor, size: Size) -> Tensor:
     if image.shape[2:] == size:
         return image.clamp(0, 1)
     shrinks = size[0] < image.shape[2] or size[1] < image.shape[3]
+    if shrinks and image.device.type not in ("cpu", "cuda"):  # others may lack the kernel
+        return bicubic(image.cpu(), size).to(image.device)
     return F.interpolate(image, size, mode="bicubic", align_corners=False, antialias=shrinks).clamp(0, 1)
 
 
@@ -167,20 +233,11 @@ def from_pixels(pixels: Tensor, size: SizePlan) -> Tensor:
 
 
 def check_image(image: Tensor) -> None:
-    """Raise ``ValueError`` unless ``image`` is a finite float batch ``(B, 3, H, W)``."""
+    """Raise ``InputError`` unless ``image`` is a finite float batch ``(B, 3, H, W)``."""
     if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape or not image.is_floating_point():
-        raise ValueError(f"image of shape {tuple(image.shape)} and {image.dtype}: expected float (B, 3, H, W), not empty")
+        raise InputError(f"image of shape {tuple(image.shape)} and {image.dtype}: expected float (B, 3, H, W), not empty")
     if not torch.isfinite(image).all():
-        raise ValueError("the image has NaN or infinite pixels: expected values in 0..1")
-
-
-def _one_by_one(function: Callable[[Tensor], Tensor], batch: Tensor, stage: str, progress: Progress) -> Tensor:
-    """Images go through the autoencoder singly: its peak memory then does not grow with the batch."""
-    results = []
-    for index in range(len(batch)):
-        results.append(function(batch[index : index + 1]))
-        progress(stage, index + 1, len(batch))
-    return torch.cat(results)
+        raise InputError("the image has NaN or infinite pixels: expected values in 0..1")
 
 
 def finish(restored: Tensor, image: Tensor, target: Size, options: Options) -> Tensor:
@@ -195,6 +252,6 @@ def _finish_official(restored: Tensor, image: Tensor, target: Size, options: Opt
 
 
 RECIPES = {
-    "default": Recipe(plan_size, even_tiles, centred_window, bicubic, finish),
-    "official": Recipe(official.plan_size, official_tiles, official_window, official.enlarge, _finish_official),
+    "default": Recipe(plan_size, bicubic, finish),
+    "official": Recipe(official.plan_size, official.enlarge, _finish_official),
 }

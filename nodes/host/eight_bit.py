@@ -1,4 +1,4 @@
-"""8-bit weights (``tsdsr_core.eight_bit``) in ComfyUI's own quantised layers."""
+"""8-bit weights (``tsdsr_core.weights.float8``) in ComfyUI's own quantised layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...tsdsr_core.eight_bit import SCALE, STORED, dequantise
+from ...tsdsr_core.weights.float8 import SCALE, STORED, dequantise
 
 _LAYER = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
 """What the host reads beside a weight: its type, and that products are not to be rounded to 8 bits as well."""
@@ -31,7 +31,7 @@ def hosted(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     rest = {key: weight for key, weight in weights.items() if not key.endswith(SCALE)}
     found = comfy.model_detection.convert_diffusers_mmdit(rest, "")
     if found is None or rest:
-        raise ValueError(f"ComfyUI cannot load this bundle's 8-bit transformer as SD3; left over: {sorted(rest)[:8]}")
+        raise ValueError(f"ComfyUI cannot load this bundle's 8-bit transformer as SD3; unused weights: {sorted(rest)[:8]}")
     targets = _targets(weights)
     mark = torch.tensor(list(json.dumps(_LAYER).encode()), dtype=torch.uint8)
     for key in filter(lambda key: key.endswith(SCALE), weights):

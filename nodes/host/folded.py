@@ -1,4 +1,4 @@
-"""Folded transformers (``tsdsr_core.fold``) in ComfyUI's own MMDiT."""
+"""Folded transformers (``tsdsr_core.sd3.fold``) in ComfyUI's own MMDiT."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..types import Model
 
 POOLED = "tsdsr_pooled"
 """Name of the attachment with which a folded model carries the one pooled prompt that it takes."""
@@ -40,7 +42,7 @@ def widened(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def narrow(model: Any, pooled: Tensor) -> None:
+def narrow(model: Model, pooled: Tensor) -> None:
     """Take the zeros out of a MODEL just loaded from ``widened`` weights; nobody else holds it yet."""
     diffusion = model.model.diffusion_model
     for module in diffusion.modules():

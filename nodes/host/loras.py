@@ -10,15 +10,30 @@ from typing import Any
 import comfy.lora
 import comfy.utils
 import torch
+from torch import Tensor
 
-from ...tsdsr_core.lora import Lora, check_fit
-from ...tsdsr_core.vae_keys import to_original
-from .models import build_vae, precise_dtype, vae_shape
+from ...tsdsr_core.weights.lora import Lora, check_fit
+from ...tsdsr_core.weights.vae_keys import to_original
+from ..types import Model, Patcher, Vae
+from .models import build_vae, check_vae, plain_key, precise_dtype, vae_shape
+from .saving import merged_weights
+from .vae import uncompiled
 
 log = logging.getLogger("tsdsr")
 
 
-def patch_model(model: Any, lora: Lora, strength: float) -> Any:
+class _Saved:
+    """What is put before the class of a patched VAE: the host's nodes that save a VAE would leave the patches out."""
+
+    patcher: Patcher
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """The weights under the host's names, patches merged, in the VAE's type on the CPU."""
+        with uncompiled(self.patcher.model):
+            return merged_weights(self.patcher, "")
+
+
+def patch_model(model: Model, lora: Lora, strength: float) -> Model:
     """A copy of the MODEL with the transformer's LoRA, all modules or none.
 
     Raises:
@@ -31,7 +46,7 @@ def patch_model(model: Any, lora: Lora, strength: float) -> Any:
     return patched
 
 
-def patch_vae(vae: Any, lora: Lora, strength: float, dtype: torch.dtype | None) -> Any:
+def patch_vae(vae: Vae, lora: Lora, strength: float, dtype: torch.dtype | None) -> Vae:
     """A copy of the VAE with the encoder's LoRA.
 
     Args:
@@ -40,9 +55,12 @@ def patch_vae(vae: Any, lora: Lora, strength: float, dtype: torch.dtype | None) 
     Raises:
         ValueError: where modules are left over or have other shapes.
     """
-    weights = vae.first_stage_model.state_dict()
-    if "decoder.up.0.block.0.conv1.weight" not in weights:
-        raise ValueError(f"the VAE is a {type(vae.first_stage_model).__name__}: expected the one of Stable Diffusion 3")
+    check_vae(vae)
+    with uncompiled(vae.first_stage_model):
+        return _patched_vae(vae, lora, strength, dtype)
+
+
+def _patched_vae(vae: Vae, lora: Lora, strength: float, dtype: torch.dtype | None) -> Vae:
     if dtype is None:
         dtype = vae.vae_dtype if vae.vae_dtype != torch.bfloat16 else precise_dtype(vae.patcher.load_device)
     if dtype == vae.vae_dtype:
@@ -50,17 +68,24 @@ def patch_vae(vae: Any, lora: Lora, strength: float, dtype: torch.dtype | None) 
         patched.patcher = vae.patcher.clone()
     else:
         if next(vae.first_stage_model.parameters()).dtype == torch.bfloat16:
-            log.warning("ComfyUI loaded the VAE in bf16, which rounded it; start it with --fp16-vae for closer results")
-        base = {key: entries[0][0] for key, entries in vae.patcher.get_key_patches().items()}
+            log.warning(
+                "ComfyUI loaded the VAE in bf16, which lost precision; start ComfyUI with --fp16-vae for a more exact result"
+            )
+        base = {plain_key(key): entries[0][0] for key, entries in vae.patcher.get_key_patches().items()}
         patched = build_vae(base, dtype)
-        patched.patcher.patches = {key: list(entries) for key, entries in vae.patcher.patches.items()}
-    levels = len(vae_shape(weights)["widths"])
-    targets = {name: f"{to_original(name, levels)}.weight" for name in lora.pairs}
+        patched.patcher.patches = {plain_key(key): list(entries) for key, entries in vae.patcher.patches.items()}
+    weights = patched.first_stage_model.state_dict()
+    keys = {plain_key(key): key for key in weights}
+    levels = len(vae_shape({plain_key(key): weight for key, weight in weights.items()})["widths"])
+    targets = {name: keys.get(f"{to_original(name, levels)}.weight") for name in lora.pairs}
     _add(patched.patcher, lora, targets, strength)
+    if not isinstance(patched, _Saved):
+        kind = type(patched)
+        patched.__class__ = type(kind.__name__, (_Saved, kind), {})
     return patched
 
 
-def _add(patcher: Any, lora: Lora, targets: Mapping[str, Any], strength: float) -> None:
+def _add(patcher: Patcher, lora: Lora, targets: Mapping[str, Any], strength: float) -> None:
     """Add ``lora`` to ``patcher``; ``targets`` gives the host's key of each module, with its part of a joint weight."""
     weights = patcher.model_state_dict()
     shapes = {}
@@ -76,4 +101,6 @@ def _add(patcher: Any, lora: Lora, targets: Mapping[str, Any], strength: float) 
     patches = comfy.lora.load_lora(lora.state_dict(), dict(targets))
     added = patcher.add_patches(patches, strength)
     if len(added) != len(lora.pairs):
-        raise ValueError(f"ComfyUI took {len(added)} of the {len(lora.pairs)} modules of the {lora.target} LoRA")
+        raise ValueError(
+            f"ComfyUI applied only {len(added)} of the {len(lora.pairs)} modules of the {lora.target} LoRA: update ComfyUI"
+        )

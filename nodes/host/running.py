@@ -8,6 +8,9 @@ import comfy.model_management
 import comfy.utils
 import torch
 
+from ...tsdsr_core.system.memory import is_out_of_memory
+from ..types import Patcher
+
 
 class Progress:
     """One progress bar for all stages of a node; also notices that the user pressed Cancel.
@@ -31,6 +34,15 @@ class Progress:
         self._bar.update_absolute(self.done, self.total, preview)
 
 
+def show_text(node: Any, text: str) -> None:
+    """Show ``text`` on the node of a class that asks for ``io.Hidden.unique_id``, as the host's own nodes do."""
+    name = getattr(node.hidden, "unique_id", None)
+    if name is not None:
+        from server import PromptServer  # the host's, which only a running server has
+
+        PromptServer.instance.send_progress_text(text, name)
+
+
 def results_device() -> torch.device:
     """Where pictures lie between nodes."""
     return comfy.model_management.intermediate_device()
@@ -41,7 +53,7 @@ def check_interrupted() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def free_memory(patcher: Any) -> int | None:
+def free_memory(patcher: Patcher) -> int | None:
     """Bytes that activations may take on the device of a model, with what the host would take from its weights for them.
 
     None where there is no telling: on the CPU, and with DirectML, for which the host has a made-up figure.
@@ -51,6 +63,32 @@ def free_memory(patcher: Any) -> int | None:
         return None
     own = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)  # newer hosts: with dynamic VRAM
     return int(own(device))
+
+
+def free_ram(wanted: int) -> int:
+    """Bytes of host memory that can be had; where those are fewer than ``wanted``, the host first gives back what it can.
+
+    That is what it keeps of earlier results, and of weights in pinned memory.
+    """
+    cpu = torch.device("cpu")
+    free = comfy.model_management.get_free_memory(cpu)
+    if free < wanted:
+        cached = getattr(getattr(comfy, "memory_management", None), "extra_ram_release", None)  # newer hosts
+        pinned = getattr(comfy.model_management, "free_pins", None)  # newer hosts
+        release_memory()
+        if cached is not None:
+            cached(wanted)
+        if pinned is not None:
+            pinned(wanted - comfy.model_management.get_free_memory(cpu))
+        free = comfy.model_management.get_free_memory(cpu)
+    return int(free)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out, to the host or to us."""
+    own = getattr(comfy.model_management, "is_oom", None)  # newer hosts
+    known = isinstance(error, comfy.model_management.OOM_EXCEPTION) if own is None else own(error)
+    return known or is_out_of_memory(error)
 
 
 def release_memory() -> None:

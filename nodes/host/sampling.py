@@ -15,43 +15,51 @@ import comfy.patcher_extension
 import comfy.samplers
 import latent_preview
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...tsdsr_core.flow import TIMESTEP, one_step
-from ...tsdsr_core.memory import CPU_BATCH, TileMemory
-from ...tsdsr_core.restore import pad_to
-from ...tsdsr_core.tile_blend import Cutting, fitting_velocity
-from ...tsdsr_core.tile_plan import OVERLAP, STRETCH, TILE, TilePlan, TileSettings, even_tiles
-from . import folded, running
+from ...tsdsr_core.restore import Options, pad_to
+from ...tsdsr_core.tiles.blend import fitting_velocity
+from ...tsdsr_core.tiles.memory import CPU_BATCH, TileMemory
+from ...tsdsr_core.tiles.plan import TilePlan, Tiling
+from ..types import Conditioning, Model, Patcher
+from . import folded, placement, previews, running
 from .models import check_sd3
 
-PREVIEW_SIDE = 64
-"""Latent cells; previews of unfinished pictures are no larger."""
 
+@dataclass
+class TilesUsed:
+    """What the tiles of a run came to, also where memory ran out on the way."""
 
-@dataclass(frozen=True)
-class StepSettings:
-    """What a user chooses about the step."""
-
-    strength: float = 1.0
-    tile: int = 0
-    """Latent cells; 0 for about the published side, or less where memory is short."""
-    overlap: int = OVERLAP
+    height: int = 0
+    """Latent cells, as ``width``."""
+    width: int = 0
     batch: int = 0
-    """0 for as many tiles at once as fit."""
+    """The most tiles of this size that ran at once."""
+    count: int = 0
+    """Tiles of all images, over all runs."""
+
+    def note(self, tiles: Tensor) -> None:
+        """Count a batch ``(N, C, h, w)`` that fitted into memory."""
+        if tiles.shape[2:] != (self.height, self.width):
+            self.height, self.width, self.batch = tiles.shape[2], tiles.shape[3], 0
+        self.batch = max(self.batch, len(tiles))
 
 
 class OneStepSampler(comfy.samplers.Sampler):
     """``z_H = z_L - strength v(z_L, t = 1000)``, tile by tile."""
 
-    def __init__(self, settings: StepSettings) -> None:
-        self.settings = settings
+    def __init__(self, options: Options, used: TilesUsed | None = None) -> None:
+        """Take strength and tiles of ``options``; ``used`` is filled with what the tiles came to."""
+        self.options = options
+        self.used = used or TilesUsed()
 
     def sample(
-        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
-    ):  # fmt: skip
+        self, model_wrap: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
+        latent_image: Tensor | None = None, denoise_mask: Tensor | None = None, disable_pbar: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Called by the host within its sampling context; latents come and go in the host's shifted form."""
+        assert latent_image is not None  # the host's guiders always give one
         patcher, base = model_wrap.model_patcher, model_wrap.inner_model
         check_sigmas(sigmas)
         check_model(patcher)
@@ -61,38 +69,45 @@ class OneStepSampler(comfy.samplers.Sampler):
         offset = _shift(base)
         z = latent_image if not latent_image.any() else latent_image + offset  # the host leaves all-zero latents unshifted
 
+        show = None if callback is None else previews.guarded(callback)
         padded = pad_to(z, _padded(z, base))
 
         def velocity(tiles: Tensor) -> Tensor:
             running.check_interrupted()
-            return tiles - model_wrap(tiles, tiles.new_ones(len(tiles)), **extra_args)
+            v = tiles - model_wrap(tiles, tiles.new_ones(len(tiles)), **extra_args)
+            self.used.note(tiles)
+            return v
+
+        before = self.used.count
 
         def tick(done: int, total: int, partial: Any) -> None:
-            if callback is not None:
-                so_far = one_step(z, _crop(partial(), z), self.settings.strength) - offset
-                callback(done - 1, so_far if done == total else _thumbnail(so_far), z, total)
+            self.used.count = before + total
+            if show is not None:
+                show(done - 1, one_step(z, _crop(partial(), z), self.options.strength) - offset, z, total)
             running.check_interrupted()
 
         memory = _memory(patcher, z.shape[1])
-        cutting = Cutting(tile_settings(base, self.settings, memory), self.settings.batch or None)
-        v = _crop(fitting_velocity(velocity, padded, cutting, memory, tick), z)
+        v = _crop(fitting_velocity(velocity, padded, tiling_of(base, self.options, memory), memory, tick), z)
+        placement.follow(z, v)
         if denoise_mask is not None:
             v = v * denoise_mask
-        return one_step(z, v, self.settings.strength) - offset
+        return one_step(z, v, self.options.strength) - offset
 
 
 def run_one_step(
-    model: Any,
-    conditioning: Any,
+    model: Model,
+    conditioning: Conditioning,
     latents: Tensor,
-    settings: StepSettings,
+    options: Options,
     mask: Tensor | None = None,
     progress: running.Progress | None = None,
+    used: TilesUsed | None = None,
 ) -> Tensor:
     """Run the step on unscaled latents ``(B, 16, h, w)``; returns the same shape in fp32 on the host's device for results.
 
     Args:
         mask: where the step acts, 0..1, in any size that the host resizes to the latents'; None for everywhere.
+        used: filled with what the tiles came to.
 
     Raises:
         ValueError: for a model, conditioning or latent that does not suit, saying what to connect.
@@ -100,15 +115,15 @@ def run_one_step(
     check_model(model)
     check_conditioning(conditioning, model)
     check_latents(latents, model)
-    plan = plan_tiles(latents, model, settings)
+    plan = plan_tiles(latents, model, options)
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning})
     guider.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
-    _ask_for_one_batch(guider.model_options, plan, len(latents), settings.batch)
+    _ask_for_one_batch(guider.model_options, plan, len(latents), options.tile_batch)
     output = guider.sample(
         torch.zeros_like(latents),
         latents,
-        OneStepSampler(settings),
+        OneStepSampler(options, used),
         torch.tensor([1.0, 0.0]),
         denoise_mask=mask,
         callback=_callback(model, progress),
@@ -118,39 +133,35 @@ def run_one_step(
     return output.to(comfy.model_management.intermediate_device())
 
 
-def plan_tiles(latents: Tensor, model: Any, settings: StepSettings) -> TilePlan:
+def plan_tiles(latents: Tensor, model: Any, options: Options) -> TilePlan:
     """Tiles over ``latents`` where memory is not short: what the host is asked to make room for."""
-    base = model.model
-    return even_tiles(*_padded(latents, base), tile_settings(base, settings, TileMemory()))
+    return tiling_of(model.model, options, TileMemory()).plan(*_padded(latents, model.model))
 
 
-def tile_settings(base: Any, settings: StepSettings, memory: TileMemory) -> TileSettings:
-    """The core's settings for the host model ``base``, within what its position table covers."""
-    multiple = base.diffusion_model.patch_size
-    limit = (base.diffusion_model.pos_embed_max_size or 0) * multiple or None
-    side = min(settings.tile or TILE, limit or settings.tile or TILE) // multiple * multiple
-    overlap = min(settings.overlap, side - 1) // multiple * multiple
-    if settings.tile:
-        return TileSettings(side, overlap, multiple, limit)
-    return TileSettings(side, overlap, multiple, limit, STRETCH).with_tile(min(side, memory.side()))
+def tiling_of(base: Any, options: Options, memory: TileMemory) -> Tiling:
+    """The tiling of ``options`` for the host model ``base``, within what its position table covers."""
+    patch = base.diffusion_model.patch_size
+    return options.tiling(patch, (base.diffusion_model.pos_embed_max_size or 0) * patch or None, memory)
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Model) -> None:
     """Raise ``ValueError`` unless ``model`` is an SD3 model with its own timesteps."""
     check_sd3(model)
     timestep = float(model.get_model_object("model_sampling").timestep(torch.tensor(1.0)))
     if abs(timestep - TIMESTEP) > 1e-3:
-        raise ValueError(f"the MODEL's sampling was changed (sigma 1 is timestep {timestep:g}, not 1000): remove that node")
+        raise ValueError(
+            f"another node changed the sampling of the MODEL (sigma 1 is timestep {timestep:g}, not 1000): remove that node"
+        )
 
 
-def check_conditioning(conditioning: Any, model: Any) -> None:
+def check_conditioning(conditioning: Conditioning, model: Model) -> None:
     """Raise ``ValueError`` unless ``conditioning`` is a prompt for ``model``."""
     if not conditioning:
-        raise ValueError("the conditioning is empty: connect TSD-SR Load Prompt or CLIP Text Encode of SD3")
+        raise ValueError("the conditioning is empty: connect TSD-SR Load Prompt, or CLIP Text Encode with SD3's text encoders")
     check_prompts([{**extra, "cross_attn": tokens} for tokens, extra in conditioning], model)
 
 
-def check_prompts(prompts: list[dict[str, Any]], model: Any) -> None:
+def check_prompts(prompts: list[dict[str, Any]], model: Model) -> None:
     """Raise ``ValueError`` unless each of ``prompts``, as the host's sampling has them, suits ``model``."""
     own = model.get_attachment(folded.POOLED)
     for prompt in prompts:
@@ -162,51 +173,59 @@ def check_prompts(prompts: list[dict[str, Any]], model: Any) -> None:
             )
         for key in ("area", "mask", "control", "gligen"):
             if prompt.get(key) is not None:
-                raise ValueError(f"the conditioning has a {key!r}, which the tiles of TSD-SR cannot follow: remove that node")
+                raise ValueError(
+                    f"the conditioning has {key!r}, which is not supported with tiled inference: remove the node that adds it"
+                )
         expected = model.model.diffusion_model.context_embedder.in_features, _pooled_width(model)
         if (tokens.shape[-1], pooled.shape[-1]) != expected:
             raise ValueError(
-                f"the conditioning is {tokens.shape[-1]} and {pooled.shape[-1]} wide, this MODEL takes {expected[0]} and "
-                f"{expected[1]}: connect the conditioning from the loader of this MODEL"
+                f"the conditioning has widths {tokens.shape[-1]} and {pooled.shape[-1]}, but the MODEL expects "
+                f"{expected[0]} and {expected[1]}: connect the conditioning that belongs to this MODEL"
             )
         if own is not None and not torch.equal(pooled.cpu().float(), own):
             raise ValueError(
-                "this checkpoint is folded: it takes the one prompt it was made with; connect the conditioning from its loader"
+                "this checkpoint is folded and works only with the prompt it was made with: connect the CONDITIONING "
+                "output of its loader"
             )
         if len(tokens) > 1:
-            raise ValueError(f"the conditioning holds a batch of {len(tokens)} prompts: TSD-SR takes one for all tiles")
+            raise ValueError(
+                f"the conditioning is a batch of {len(tokens)} prompts: expected one prompt, which is used for all tiles"
+            )
     if prompts and all(prompt.get("start_percent", 0) > 0 or prompt.get("end_percent", 1) <= 0 for prompt in prompts):
-        raise ValueError("the conditioning does not hold at the start, where TSD-SR's one step is: remove its timestep range")
+        raise ValueError(
+            "the timestep range of the conditioning leaves out the start, which is the only step of TSD-SR: remove the range"
+        )
 
 
-def check_latents(latents: Tensor, model: Any) -> None:
+def check_latents(latents: Tensor, model: Model) -> None:
     """Raise ``ValueError`` unless ``latents`` are the model's: 4-dimensional, finite, not empty, of its channels."""
     wanted = model.model.latent_format.latent_channels
-    if latents.ndim != 4 or 0 in latents.shape or latents.shape[1] != wanted:
+    if latents.is_nested or latents.ndim != 4 or 0 in latents.shape or latents.shape[1] != wanted:
         raise ValueError(
-            f"the latent has the shape {tuple(latents.shape)}: expected (batch, {wanted}, height, width); encode with SD3's VAE"
+            f"the latent has the shape {tuple(latents.shape)}: expected (batch, {wanted}, height, width); use TSD-SR Encode"
         )
     if not torch.isfinite(latents).all():
-        raise ValueError("the latent has NaN or infinite values: check the picture and the VAE's precision before it")
+        raise ValueError("the latent has NaN or infinite values: check the image, and set vae_precision to fp32")
 
 
 def check_sigmas(sigmas: Tensor) -> None:
     """Raise ``ValueError`` unless ``sigmas`` are one step from 1 to 0."""
     values = [round(float(sigma), 4) for sigma in sigmas]
     if len(values) != 2 or abs(values[0] - 1) > 1e-3 or abs(values[1]) > 1e-3:
-        raise ValueError(f"sigmas {values[:5]}: TSD-SR takes one step from 1 to 0; set the scheduler to 1 step, denoise 1")
+        raise ValueError(f"sigmas {values[:5]}: expected one step from 1 to 0; set BasicScheduler to 1 step and denoise 1")
 
 
-def _memory(patcher: Any, channels: int) -> TileMemory:
+def _memory(patcher: Patcher, channels: int) -> TileMemory:
     """Sizes tiles by the host's own estimate of what its model takes."""
     return TileMemory(
         tile_bytes=lambda height, width: int(patcher.model.memory_required([1, channels, height, width])),
         free=lambda: running.free_memory(patcher),
         release=running.release_memory,
+        ran_out=running.ran_out,
     )
 
 
-def _ask_for_one_batch(model_options: dict[str, Any], plan: TilePlan, images: int, batch: int) -> None:
+def _ask_for_one_batch(model_options: dict[str, Any], plan: TilePlan, images: int, batch: int | None) -> None:
     """Let the host make room for one batch of tiles, not for the whole latent."""
     tiles = min(batch or CPU_BATCH, len(plan) * images)
 
@@ -217,7 +236,7 @@ def _ask_for_one_batch(model_options: dict[str, Any], plan: TilePlan, images: in
     comfy.patcher_extension.add_wrapper_with_key(kind, "tsdsr", prepare, model_options, is_model_options=True)
 
 
-def _callback(model: Any, progress: running.Progress | None) -> Any:
+def _callback(model: Model, progress: running.Progress | None) -> Any:
     """The host's preview callback, counting into ``progress`` where the node has more stages than this."""
     if progress is None:
         return latent_preview.prepare_callback(model, 1)
@@ -226,14 +245,15 @@ def _callback(model: Any, progress: running.Progress | None) -> Any:
 
     def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
         nonlocal before
-        preview = previewer.decode_latent_to_preview_image("JPEG", x0) if previewer else None
-        progress.update(step + 1 - before, preview)
-        before = step + 1
+        count, before = step + 1 - before, step + 1
+        progress.update(count)  # also where the preview fails
+        if previewer:
+            progress.update(0, previewer.decode_latent_to_preview_image("JPEG", previews.small(x0)))
 
     return callback
 
 
-def _pooled_width(model: Any) -> int:
+def _pooled_width(model: Model) -> int:
     """Width of the pooled prompt that ``model`` takes."""
     own = model.get_attachment(folded.POOLED)
     return model.model.diffusion_model.y_embedder.mlp[0].in_features if own is None else own.shape[-1]
@@ -252,12 +272,3 @@ def _padded(latents: Tensor, base: Any) -> tuple[int, int]:
 
 def _crop(padded: Tensor, latents: Tensor) -> Tensor:
     return padded[:, :, : latents.shape[2], : latents.shape[3]]
-
-
-def _thumbnail(latents: Tensor) -> Tensor:
-    """Smaller latents, since a previewer may decode them after every batch of tiles."""
-    longest = max(latents.shape[2:])
-    if longest <= PREVIEW_SIDE:
-        return latents
-    size = [max(1, side * PREVIEW_SIDE // longest) for side in latents.shape[2:]]
-    return F.interpolate(latents, size, mode="area")

@@ -10,32 +10,37 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...tsdsr_core.bundle import Bundle, vae_weights
-from ...tsdsr_core.vae_keys import weights_to_diffusers
+from ...tsdsr_core.weights.bundle import Bundle, vae_weights
+from ...tsdsr_core.weights.vae_keys import weights_to_diffusers
+from ..types import Conditioning, Model, Patcher, Vae
 from . import folded, running
-from .models import NORM_GROUPS, PREVIEW, defaults_of, from_conditioning, vae_shape
+from .models import NORM_GROUPS, PREVIEW, defaults_of, from_conditioning, plain_key, vae_shape
+from .vae import uncompiled
 
 
-def merged_weights(patcher: Any, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All weights of a patcher's model under ``prefix``, without it, patches merged in fp32, as ``dtype`` on the CPU.
+def merged_weights(patcher: Patcher, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All weights of a patcher's model under ``prefix``, without it, patches merged in fp32, on the CPU.
+
+    Args:
+        dtype: of the result; None for what each weight has.
 
     Raises:
         ValueError: for a quantised model.
     """
     quantised = [key for key in patcher.model_state_dict() if key.endswith((".weight_scale", ".comfy_quant"))]
     if quantised:
-        raise ValueError(f"the model is quantised ({quantised[0]}): load the unquantised one to save a checkpoint")
+        raise ValueError(f"the model is quantised ({quantised[0]}): to save a checkpoint, load the model unquantised")
     entries = patcher.get_key_patches(prefix)
     progress = running.Progress(len(entries))
     merged = {}
     for key, ((weight, convert), *patches) in entries.items():
         value = convert(weight.to("cpu", torch.float32, copy=True), inplace=False)  # merging works in place
-        merged[key.removeprefix(prefix)] = comfy.lora.calculate_weight(patches, value, key).to(dtype)
+        merged[plain_key(key.removeprefix(prefix))] = comfy.lora.calculate_weight(patches, value, key).to(dtype or weight.dtype)
         progress.update(1)
     return merged
 
 
-def to_bundle(model: Any, vae: Any, conditioning: list[Any], dtype: torch.dtype, notes: Mapping[str, str]) -> Bundle:
+def to_bundle(model: Model, vae: Vae, conditioning: Conditioning, dtype: torch.dtype, notes: Mapping[str, str]) -> Bundle:
     """A self-contained bundle of native objects, their patches merged, with weights in ``dtype``.
 
     The VAE's are as ``vae_weights`` gives them.
@@ -44,9 +49,13 @@ def to_bundle(model: Any, vae: Any, conditioning: list[Any], dtype: torch.dtype,
         ValueError: for several prompts, of which a bundle holds one, and for a quantised model.
     """
     if model.get_attachment(folded.POOLED) is not None:
-        raise ValueError("this checkpoint is folded already: copy its file, or save from the whole one")
+        raise ValueError(
+            "this checkpoint is folded, which cannot be saved again: copy its file, or load the checkpoint it was folded from"
+        )
     if len(conditioning) > 1:
-        raise ValueError(f"the conditioning combines {len(conditioning)} prompts: a checkpoint holds one")
+        raise ValueError(
+            f"the conditioning combines {len(conditioning)} prompts: a checkpoint can store only one; connect a single prompt"
+        )
     native = merged_weights(model, "diffusion_model.", dtype)
     unet = model.model.model_config.unet_config
     heads = unet["depth"]
@@ -57,7 +66,8 @@ def to_bundle(model: Any, vae: Any, conditioning: list[Any], dtype: torch.dtype,
         if key in native:
             weight = native[key] if offset is None else native[key].narrow(*offset)
             transformer[name] = function[0](weight) if function else weight
-    original = merged_weights(vae.patcher, "", torch.float32)
+    with uncompiled(vae.patcher.model):
+        original = merged_weights(vae.patcher, "", torch.float32)
     shape = vae_shape(original)
     autoencoder = vae_weights(weights_to_diffusers(original, len(shape["widths"])), dtype)
     return Bundle(
@@ -92,7 +102,7 @@ def _transformer_config(unet: Mapping[str, Any], native: Mapping[str, Tensor], b
     }
 
 
-def _vae_config(shape: Mapping[str, Any], weights: Mapping[str, Tensor], model: Any) -> dict[str, Any]:
+def _vae_config(shape: Mapping[str, Any], weights: Mapping[str, Tensor], model: Model) -> dict[str, Any]:
     levels = len(shape["widths"])
     form = model.model.latent_format
     return {

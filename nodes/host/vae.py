@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -11,69 +13,125 @@ import comfy.ops
 import torch
 from torch import Tensor
 
-from ...tsdsr_core.vae_plan import HEADROOM, plan_tiles
-from ...tsdsr_core.vae_program import Program, decoder_program, encoder_program
-from ...tsdsr_core.vae_tiled import plan_and_run
+from ...tsdsr_core.system.precision import half_dtype, run_half
+from ...tsdsr_core.vae import execute
+from ...tsdsr_core.vae.forms import Kernels
+from ...tsdsr_core.vae.plan import HEADROOM, PLACES, plan_tiles
+from ...tsdsr_core.vae.program import Program, decoder_program, encoder_program, plain
+from ..types import Vae
 from . import running
 
 UNITS = 16
 """What one image counts for in progress on its way through the encoder or the decoder."""
 _SHARE = 0.9
 """Of the memory of a device; the rest is for what other programs take."""
+_PROGRAMS = {"encoder": encoder_program, "decoder": decoder_program}
+_overflowed: MutableMapping[torch.nn.Module, set[str]] = weakref.WeakKeyDictionary()
+"""Halves of each VAE that 16 bits were too few for: they stay in fp32."""
 
 
-def factor_of(vae: Any) -> int:
+def factor_of(vae: Vae) -> int:
     """Pixels per latent cell."""
     return int(vae.spacial_compression_encode())
 
 
-def encode(vae: Any, pixels: Tensor, progress: running.Progress, tile: int | None = None) -> Tensor:
+def encode(vae: Vae, pixels: Tensor, progress: running.Progress, tile: int | None = None) -> Tensor:
     """``(B, 3, H, W)`` in -1..1, sides multiples of the factor, to unscaled latents ``(B, C, h, w)`` in fp32.
 
     Args:
         tile: greatest side of a tile in pixels; None for what suits the memory.
 
     Raises:
-        FloatingPointError: where the VAE overflows.
+        FloatingPointError: where the VAE overflows in fp32 too.
     """
-    moments = _run(vae, encoder_program, pixels, progress, tile)
-    return _finite(moments.chunk(2, 1)[0]).float()
+    return _run_half(vae, "encoder", pixels, progress, tile).chunk(2, 1)[0].float()
 
 
-def decode(vae: Any, latents: Tensor, progress: running.Progress, tile: int | None = None) -> Tensor:
+def check_latents(vae: Vae, latents: Tensor) -> None:
+    """Raise ``ValueError`` for latents of another VAE, or that are not finite."""
+    if latents.is_nested or latents.ndim != 4 or 0 in latents.shape or latents.shape[1] != vae.latent_channels:
+        raise ValueError(
+            f"the latent has the shape {tuple(latents.shape)}: the VAE expects (batch, {vae.latent_channels}, height, width)"
+        )
+    if not torch.isfinite(latents).all():
+        raise ValueError("the latent has NaN or infinite values: check the image, and set vae_precision to fp32")
+
+
+def decode(vae: Vae, latents: Tensor, progress: running.Progress, tile: int | None = None) -> Tensor:
     """Unscaled latents ``(B, C, h, w)`` to pixels ``(B, 3, H, W)`` in -1..1, fp32.
 
     Raises:
-        ValueError: for latents of another VAE.
-        FloatingPointError: where the VAE overflows.
+        ValueError: as ``check_latents``.
+        FloatingPointError: where the VAE overflows in fp32 too.
     """
-    if latents.ndim != 4 or 0 in latents.shape or latents.shape[1] != vae.latent_channels:
-        raise ValueError(
-            f"the latent has the shape {tuple(latents.shape)}: this VAE takes (batch, {vae.latent_channels}, height, width)"
-        )
-    return _finite(_run(vae, decoder_program, latents, progress, tile)).float()
+    check_latents(vae, latents)
+    return _run_half(vae, "decoder", latents, progress, tile).float()
 
 
-def _finite(values: Tensor) -> Tensor:
-    if not torch.isfinite(values).all():
-        raise FloatingPointError("the VAE overflowed: choose vae_precision fp32 in TSD-SR's loader")
-    return values
+def _run_half(vae: Vae, half: str, x: Tensor, progress: running.Progress, tile: int | None) -> Tensor:
+    """Run a half of the VAE; in fp32 where 16 bits overflow, with its weights cast as they are used."""
+    overflowed = _overflowed.setdefault(vae.first_stage_model, set())
+    counted = 0
+
+    def run(dtype: torch.dtype) -> Tensor:
+        nonlocal counted
+        tick = _ticker(progress, len(x), counted)
+        counted = UNITS * len(x)
+        return _run(vae, _PROGRAMS[half], x.to(vae.output_device, dtype), tick, tile)
+
+    return run_half(half, vae.vae_dtype, overflowed, run)
 
 
-def _run(vae: Any, half: Callable[..., Program], x: Tensor, progress: running.Progress, tile: int | None) -> Tensor:
+def check_memory(vae: Vae, height: int, width: int, tile: int | None = None) -> None:
+    """Raise ``MemoryError``, before any work, where pixels of a size cannot be encoded or decoded in the host memory there is.
+
+    Args:
+        tile: as for ``encode`` and ``decode``.
+    """
+    device, overflowed = vae.patcher.load_device, _overflowed.get(vae.first_stage_model, set())
+    encoder, decoder = (half_dtype(half, vae.vae_dtype, overflowed).itemsize for half in _PROGRAMS)
+    execute.check_memory(
+        vae.first_stage_model, height, width, factor_of(vae), (encoder, decoder), device, _obtainable(vae), tile,
+        running.free_ram, _kernels(device), patched=bool(vae.patcher.patches),
+    )  # fmt: skip
+
+
+def _run(vae: Vae, half: Callable[..., Program], x: Tensor, tick: Callable[[int, int], None], tile: int | None) -> Tensor:
     program = half(vae.first_stage_model, patched=bool(vae.patcher.patches))  # patches come in with the loading, below
-    x = x.to(vae.output_device, vae.vae_dtype)
-    device, cpu = vae.patcher.load_device, torch.device("cpu")
-    wanted = plan_tiles([op.form for op in program], x.shape[2], x.shape[3], x.dtype.itemsize, _obtainable(vae), tile)
-    comfy.model_management.load_models_gpu([vae.patcher], memory_required=wanted.device_bytes / HEADROOM)
-    with _current(device):
-        return plan_and_run(
-            program, x, device, lambda: running.free_memory(vae.patcher), tile,
-            lambda: comfy.model_management.get_free_memory(cpu), _affine, _ticker(progress, len(x)), running.release_memory,
+    device = vae.patcher.load_device
+    kernels = _kernels(device)
+    shape = [op.form for op in program], x.shape[2], x.shape[3], x.dtype.itemsize
+    wanted = plan_tiles(*shape, _free(vae), tile, kernels=kernels)
+    if wanted.maps == "host":  # other models make room before the maps leave the device
+        wanted = plan_tiles(*shape, _obtainable(vae), tile, kernels=kernels)
+    last = plan_tiles(*shape, None, tile, PLACES[-1:], kernels)  # for where the device's memory runs out all the same
+    in_ram = max(execute.ram_bytes(plan, device) for plan in (wanted, last))
+    casting = _casting(vae.first_stage_model, x.dtype != vae.vae_dtype)
+    with uncompiled(vae.first_stage_model), _current(device), casting:
+        comfy.model_management.load_models_gpu([vae.patcher], memory_required=wanted.device_bytes / HEADROOM)
+        return execute.plan_and_run(
+            program, x, device, lambda: running.free_memory(vae.patcher), tile, lambda: running.free_ram(in_ram), _affine,
+            tick, running.release_memory, running.ran_out, kernels,
         )  # fmt: skip
 
 
-def _obtainable(vae: Any) -> int | None:
+def _kernels(device: torch.device) -> Kernels:
+    """What is known of a device's kernels; of an accelerator's attention, what the host has chosen."""
+    known = execute.kernels_of(device)
+    if device.type == "cpu":
+        return known
+    if not comfy.model_management.pytorch_attention_enabled_vae():
+        return replace(known, attention="streamed")
+    return replace(known, attention="fused" if known.attention == "fused" else "scored")
+
+
+def _free(vae: Vae) -> int | None:
+    """Memory of the VAE's device that is free now, but for its weights."""
+    free = running.free_memory(vae.patcher)
+    return None if free is None else max(0, free - vae.model_size())
+
+
+def _obtainable(vae: Vae) -> int | None:
     """Memory of the VAE's device but for its weights: the host unloads other models for what it is asked for."""
     if running.free_memory(vae.patcher) is None:
         return None
@@ -89,9 +147,22 @@ def _affine(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     return found
 
 
-def _ticker(progress: running.Progress, images: int) -> Callable[[int, int], None]:
-    """Counts a run's tiles as ``UNITS`` for each image; Cancel ends the run."""
-    counted = 0
+@contextlib.contextmanager
+def _casting(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """Let the host's layers cast their weights to the type of what they are given, where that is another than theirs."""
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "comfy_cast_weights")] if wanted else []
+    before = [layer.comfy_cast_weights for layer in layers]
+    for layer in layers:
+        layer.comfy_cast_weights = True
+    try:
+        yield
+    finally:
+        for layer, cast in zip(layers, before, strict=True):
+            layer.comfy_cast_weights = cast
+
+
+def _ticker(progress: running.Progress, images: int, counted: int) -> Callable[[int, int], None]:
+    """Counts a run's tiles as ``UNITS`` for each image, but for those ``counted`` before; Cancel ends the run."""
 
     def tick(done: int, total: int) -> None:
         nonlocal counted
@@ -108,3 +179,18 @@ def _current(device: torch.device) -> Any:
     """Makes ``device`` the current one, where the host knows several."""
     context = getattr(comfy.model_management, "cuda_device_context", None)
     return contextlib.nullcontext() if context is None else context(device)
+
+
+@contextlib.contextmanager
+def uncompiled(model: Any) -> Iterator[None]:
+    """Within it, the parts of ``model`` are what they were: compiling changes the names by which the host finds weights."""
+    found = [
+        (owner, name, child) for owner in model.modules() for name, child in owner.named_children() if plain(child) is not child
+    ]
+    for owner, name, child in found:
+        setattr(owner, name, plain(child))
+    try:
+        yield
+    finally:
+        for owner, name, child in found:
+            setattr(owner, name, child)

@@ -11,7 +11,10 @@ import comfy.sampler_helpers
 import comfy.sd
 import comfy.supported_models
 import comfy.taesd.taesd
+import latent_preview
 import torch
+
+from .bad_values import BadValues, Disc, Value
 
 
 class OddImage:
@@ -101,6 +104,21 @@ class CoarseVae:
         return (comfy.sd.VAE(sd=vae.first_stage_model.state_dict(), dtype=torch.bfloat16),)
 
 
+class CompiledVae:
+    """The VAE with compiled halves, as custom nodes make it; nothing is compiled before it runs."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"vae": ("VAE",)}})
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, vae):
+        made = comfy.sd.VAE(sd=vae.first_stage_model.state_dict(), dtype=vae.vae_dtype)
+        module = made.first_stage_model
+        module.encoder, module.decoder = torch.compile(module.encoder), torch.compile(module.decoder)
+        return (made,)
+
+
 class TypeOfVae:
     """Says what type a VAE has."""
 
@@ -112,6 +130,20 @@ class TypeOfVae:
 
     def say(self, vae):
         return {"ui": {"text": [str(vae.vae_dtype)]}}
+
+
+class Difference:
+    """Says by how much two batches of images differ at most, before anything is rounded to 8 bits."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"one": ("IMAGE",), "other": ("IMAGE",)}})
+    RETURN_TYPES = ()
+    FUNCTION = "say"
+    OUTPUT_NODE = True
+    CATEGORY = "test"
+
+    def say(self, one, other):
+        assert one.shape == other.shape
+        return {"ui": {"text": [str((one - other).abs().max().item())]}}
 
 
 class Weights:
@@ -169,6 +201,68 @@ class Census:
         return {"ui": {"text": [json.dumps(counts)]}}
 
 
+class SwitchedVae:
+    """The VAE after ``torch.compile`` of its halves, in place as other packs do it, or as it was before."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"vae": ("VAE",), "compiled": ("BOOLEAN", {"default": True})}})
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, vae, compiled):
+        for name in ("encoder", "decoder"):
+            half = getattr(vae.first_stage_model, name)
+            half = getattr(half, "_orig_mod", half)
+            setattr(vae.first_stage_model, name, torch.compile(half) if compiled else half)
+        return (vae,)
+
+
+class Previews:
+    """Makes previewers fail from now on, or work again; passes on what it gets."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "fail": ("BOOLEAN", {"default": False})}})
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "set"
+    CATEGORY = "test"
+    fail = False
+
+    def set(self, model, fail):
+        Previews.fail = fail
+        return (model,)
+
+
+class LoggedPreviewer(latent_preview.LatentPreviewer):
+    """Says how much it decodes, of the first image as previewers do."""
+
+    def __init__(self, previewer):
+        self.previewer = previewer
+
+    def decode_latent_to_preview_image(self, preview_format, x0):
+        logging.info("preview of %s", tuple(x0[:1].shape))
+        if Previews.fail:
+            raise torch.OutOfMemoryError("no memory for a preview")
+        return self.previewer.decode_latent_to_preview_image(preview_format, x0)
+
+
+class FreeMemory:
+    """Lets the host have so much free memory from now on, or what there is; passes on what it gets."""
+
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"image": ("IMAGE",), "megabytes": ("INT", {"default": 0, "max": 10**9})}}
+    )
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "set"
+    CATEGORY = "test"
+    real = staticmethod(comfy.model_management.get_free_memory)
+
+    def set(self, image, megabytes):
+        few = lambda dev=None, torch_free_too=False: (megabytes * 1e6,) * 2 if torch_free_too else megabytes * 1e6  # noqa: E731
+        comfy.model_management.get_free_memory = few if megabytes else self.real
+        return (image,)
+
+
+_get_previewer = latent_preview.get_previewer
+latent_preview.get_previewer = lambda *args: LoggedPreviewer(_get_previewer(*args))
 _patch_weight = comfy.model_patcher.ModelPatcher.patch_weight_to_device
 _estimate = comfy.sampler_helpers.estimate_memory
 
@@ -214,9 +308,17 @@ NODE_CLASS_MAPPINGS = {
     "TestWrapped": Wrapped,
     "TestOtherModel": OtherModel,
     "TestCoarseVae": CoarseVae,
+    "TestCompiledVae": CompiledVae,
     "TestTypeOfVae": TypeOfVae,
+    "TestDifference": Difference,
     "TestWeights": Weights,
     "TestRebuilt": Rebuilt,
     "TestCensus": Census,
     "TestPrompt": Prompt,
+    "TestBadValues": BadValues,
+    "TestValue": Value,
+    "TestDisc": Disc,
+    "TestSwitchedVae": SwitchedVae,
+    "TestPreviews": Previews,
+    "TestFreeMemory": FreeMemory,
 }

@@ -1,1 +1,1 @@
-"""Training of one-step restorers; inference never imports this package."""
+"""Training of one-step restorers; inference does not import this package. Start at ``trainers``."""

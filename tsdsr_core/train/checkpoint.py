@@ -1,19 +1,20 @@
-"""A training run in one file: configuration, step, weights, averages and optimisers."""
+"""Checkpoints: a training run in one file, with configuration, step, weights, averaged weights and optimiser states."""
 
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..files import torch_writer, write_files
-from .config import Config, from_dict
+from ..errors import InputError
+from ..system.atomic import torch_writer, write_files
+from ..weights.reading import check_weights, is_finite, load_pickle, parse_json
+from .config import Config
+from .config_file import from_dict
 
 FILE = "last.pt"
 VERSION = 2
@@ -21,34 +22,40 @@ _SOURCES = {
     "autoencoder": "--base", "transformer": "--base", "teacher": "--teacher", "prompt": "--base, --embedding-dir or run.seed",
     "null prompt": "--null",
 }  # fmt: skip
-"""What is frozen, and where a run has it from."""
+"""Options that give each frozen network or prompt, for messages."""
+_KINDS = {
+    "step": int, "weights": dict, "average": dict, "optimisers": dict, "prompt": dict, "samples": int, "frozen": dict,
+}  # fmt: skip
+"""Types of the file's entries, other than version and configuration."""
+_AVERAGES = "exp_avg", "exp_avg_sq"
+"""AdamW's names of its running means of a parameter's gradients and squared gradients."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on exactly where it stopped; random numbers follow from the step."""
+    """What a run needs to continue exactly where it stopped; random numbers are a function of the step."""
 
     config: Config
     step: int
     """Optimiser steps done."""
     weights: Mapping[str, Mapping[str, Tensor]]
-    """By group and parameter."""
+    """Trained weights by group and parameter."""
     average: Mapping[str, Tensor]
-    """Of the first group's parameters."""
+    """Averaged weights of the first group, by parameter."""
     optimisers: Mapping[str, Any]
     prompt: Mapping[str, Tensor]
     """``tokens`` and ``pooled`` that the student was trained with."""
     samples: int
-    """Seen so far, over all processes."""
+    """Training samples seen so far, over all processes."""
     frozen: Mapping[str, str]
-    """Fingerprints of what was not trained (``Networks.frozen``)."""
+    """Fingerprints of the networks and prompts that were not trained (``Networks.frozen``)."""
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, all or nothing.
 
     Raises:
-        OSError: where it cannot be written; the file that was there before stays.
+        OSError: if it cannot be written; an existing file is kept.
     """
     values = {
         "version": VERSION, "config": json.dumps(asdict(checkpoint.config)), "step": checkpoint.step,
@@ -58,34 +65,73 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     try:
         write_files({path: torch_writer(values)})
     except OSError as error:
-        raise OSError(f"{error}; the checkpoint before it stays") from error
+        raise OSError(f"{error}; the previous checkpoint is kept") from error
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read what ``write_checkpoint`` wrote; nothing in the file is executed.
 
     Raises:
-        ValueError: for a missing, damaged or foreign file.
+        InputError: for a missing, damaged or foreign file.
     """
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no checkpoint that can be read: {error}") from error
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: expected a checkpoint of tsdsr train")
+    values = load_pickle(path)
     if not isinstance(values, dict) or not {"version", "config"} <= set(values):
-        raise ValueError(f"{path} is no checkpoint of this trainer")
-    if values["version"] != VERSION:
-        raise ValueError(f"{path} is a checkpoint of version {values['version']}, this program reads {VERSION}")
-    names = ("step", "weights", "average", "optimisers", "prompt", "samples", "frozen")
-    missing = [name for name in names if name not in values]
+        raise InputError(f"{path} is not a checkpoint of tsdsr train")
+    if type(values["version"]) is not int or values["version"] != VERSION:
+        raise InputError(f"{path} is a checkpoint of version {values['version']}: this program reads version {VERSION}")
+    missing = [name for name in _KINDS if name not in values]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: it is damaged; begin a new run")
-    return Checkpoint(from_dict(json.loads(values["config"])), **{name: values[name] for name in names})
+        raise InputError(f"{path} is damaged, {', '.join(missing)} missing: start a new run")
+    for name, kind in _KINDS.items():
+        if not isinstance(values[name], kind):
+            raise InputError(f"{path} is damaged: {name} is a {type(values[name]).__name__}")
+    for tensors in (*values["weights"].values(), values["average"], values["prompt"]):
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise InputError(f"{path} is damaged: some of its weights are not tensors")
+        check_weights(path, tensors)
+    if set(values["prompt"]) != {"tokens", "pooled"}:
+        raise InputError(f"{path} is damaged: its prompt is incomplete")
+    try:
+        config = from_dict(parse_json(values["config"]))
+    except (TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{path} has an invalid configuration: {error}") from error
+    return Checkpoint(config, **{name: values[name] for name in _KINDS})
 
 
 def check_frozen(checkpoint: Checkpoint, found: Mapping[str, str]) -> None:
-    """Raise ``ValueError`` where a checkpoint was trained beside others than the ``found`` ones; unknown ones pass."""
+    """Raise ``InputError`` if a checkpoint was trained with other frozen networks or prompts than those ``found``.
+
+    Args:
+        found: fingerprints by name, as ``Networks.frozen``; names that the checkpoint does not have are not checked.
+    """
     for name, value in found.items():
         if checkpoint.frozen.get(name, value) != value:
-            raise ValueError(
-                f"the checkpoint was trained with another {name} than that of {_SOURCES[name]}: give what the run began with"
+            raise InputError(
+                f"the checkpoint was trained with another {name} than {_SOURCES[name]} gives: use the one the run started with"
             )
+
+
+def check_optimiser(checkpoint: Checkpoint, group: str, parameters: Sequence[Tensor]) -> None:
+    """Raise ``InputError`` unless a checkpoint's optimiser state fits a group's ``parameters``.
+
+    Parameters that no step has trained yet have no state.
+    """
+    optimiser = checkpoint.optimisers.get(group)
+    found = optimiser.get("state") if isinstance(optimiser, dict) else None
+    if not isinstance(found, dict) or not all(
+        number in range(len(parameters)) and _are_averages(averages, parameters[number]) for number, averages in found.items()
+    ):
+        raise InputError(
+            f"the optimiser of the {group} in the checkpoint is missing, damaged or of another model: start a new run, or use "
+            "the models that the run started with"
+        )
+
+
+def _are_averages(found: Any, parameter: Tensor) -> bool:
+    """Whether AdamW's state of a parameter is complete and finite."""
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), Tensor) for name in ("step", *_AVERAGES)):
+        return False
+    averages = [found[name] for name in _AVERAGES]
+    return found["step"].numel() == 1 and all(each.shape == parameter.shape and is_finite(each) for each in averages)

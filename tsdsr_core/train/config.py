@@ -1,298 +1,228 @@
-"""Training configuration: frozen dataclasses read from TOML, one table each."""
+"""Training configuration: one frozen dataclass for each table of the TOML file; ``config_file`` reads it."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import tomllib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
-from ..bundle import DEFAULTS
-from ..flow import SCHEDULE_STEPS
-from .dasm import Trajectory, plan
-from .degradations import PRESETS
+from .objectives.perceptual import DISTANCES
+from .objectives.trajectory import Trajectory, plan
 
 STAGES = ("pretrain", "teacher", "student")
 OBJECTIVES = ("supervised", "vsd", "tsd", "tsd+dasm")
 CHOICES = {
-    "stage": STAGES, "trained": ("lora", "weights"), "name": OBJECTIVES, "perceptual": ("gradients", "lpips"),
-    "schedule": ("cosine", "linear"), "precision": ("fp32", "bf16"),
+    "stage": STAGES, "trained": ("lora", "weights"), "name": OBJECTIVES, "perceptual": DISTANCES,
+    "schedule": ("cosine", "linear"), "fake_levels": ("queried", "logit-normal"), "precision": ("fp32", "bf16"),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Data:
-    """What is trained on; the folders are arguments."""
+class DataSettings:
+    """Training images; the folders themselves are arguments of the command."""
 
     crop: int = 512
-    """Side of a training crop in output pixels."""
+    """Side of a training crop, in pixels of the high-quality image."""
     scale: int = 4
+    """How many times smaller the low-quality input is."""
     presets: dict[str, float] = field(default_factory=lambda: {"realesrgan": 1.0})
-    """Degradations and their weights."""
+    """Degradation presets and how often each is drawn, as relative weights."""
     synthetic_share: float = 0.0
-    """Share of pictures that are drawn, 0..1."""
+    """Share of synthetic images among the samples, 0..1."""
     candidates: int = 1
-    """Crops of photographs from which one is drawn, those with more detail more often; prepared ones are taken as they come."""
+    """Number of crops to choose each training crop from; crops with more detail are more likely. Not for prepared folders."""
     contrast: float = 1.0
-    """Half of the crops get their contrast multiplied by a factor from 1 to this; prepared ones are taken as they come."""
+    """Maximum contrast gain: half of the crops get a random gain from 1 to this. Not for prepared folders."""
+    smaller_scales: float = 0.0
+    """Share of samples with a lower scale, 0..1: a random smaller divisor of ``scale``, 1 included."""
     permute_channels: bool = False
-    """Draw the order of red, green and blue of a crop; prepared ones are taken as they come."""
+    """Shuffle red, green and blue of each crop. Not for prepared folders."""
     captions: bool = False
-    """Teacher and LoRA model see each picture's caption (``tsdsr train prepare --captions``), else the fixed prompt."""
+    """Use each image's caption for teacher and LoRA model (``tsdsr train prepare --captions``); false: the fixed prompt."""
     workers: int = 0
-    """Processes that prepare batches beside the training; 0 prepares them in its own."""
+    """Processes that prepare batches in parallel; 0 prepares them in the training process."""
 
 
 @dataclass(frozen=True)
-class Model:
-    """What is trained."""
+class ModelSettings:
+    """Which weights are trained."""
 
     trained: str = "lora"
-    """lora: adapters on a base model. weights: a small model's own weights."""
+    """lora: adapters on a base model. weights: all weights of a small model."""
     rank: int = 64
+    """Rank of the adapters."""
     layers: int = 2
-    """Blocks of a small model's transformer, and its heads of 64 channels each."""
+    """Number of blocks of a small model's transformer; it has as many attention heads, of 64 channels each."""
     layers_per_block: int = 0
-    """Stage pretrain: residual blocks of each level of a small model's encoder; its decoder has one more. A base that has fewer
-    gets more, which begin as nothing."""
+    """Stage pretrain: residual blocks at each level of a small model's encoder; the decoder has one more. A base with fewer
+    is deepened with blocks that start as the identity."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, slower."""
 
 
 @dataclass(frozen=True)
-class Objective:
+class ObjectiveSettings:
     """The student's loss; the defaults are the paper's."""
 
     name: str = "tsd+dasm"
-    """supervised: data terms alone. vsd: as in OSEDiff. tsd, tsd+dasm: as in TSD-SR."""
+    """supervised: data terms only. vsd: as in OSEDiff. tsd, tsd+dasm: as in TSD-SR."""
     vsd_share: float = 0.7
-    """``lambda`` of TSD."""
+    """``lambda`` of TSD: the share of VSD, 0..1; target score matching has the rest."""
     trajectory_steps: int = 4
+    """Number of noise levels that DASM visits."""
     stride: int = 50
+    """Distance between two of them, in indices of the noise schedule."""
     later_weight: float = 0.3
+    """Weight of each level after the first, which has weight 1."""
     first_index: int = 20
-    """Of the noise schedule's 1000, where trajectories may be."""
+    """First index of the noise schedule (0..999) that a trajectory may visit."""
     last_index: int = 980
+    """Last index of the noise schedule that a trajectory may visit."""
     guidance: float = 7.5
+    """Classifier-free guidance of the teacher and of the LoRA model; 1 = none."""
+    fake_levels: str = "queried"
+    """Noise levels at which the LoRA model is trained. queried: uniform over the indices where the objective evaluates it.
+    logit-normal: as SD3 was trained."""
+    fake_steps: int = 1
+    """Training steps of the LoRA model per step of the student. Above 1, the student is trained only in every so many steps."""
     distribution_weight: float = 1.0
-    """Of VSD or TSD."""
-    as_scores: bool = False
-    """Target score matching compares scores, not velocities (``losses.with_the_score_of``); not published."""
+    """Weight of the VSD or TSD term."""
+    as_scores: bool = True
+    """true: target score matching compares scores, which is the paper's residual of noise predictions. false: it compares
+    velocities, as the published script does (see ``losses.with_the_score_of``)."""
     shifted_patches: bool = False
-    """Score latents at random places of the transformer's grid of patches, so that the grid leaves no trace; not published."""
+    """Shift the latents by a random part of a transformer patch before they are scored, so that the patch grid leaves no
+    pattern. Not part of the published method."""
     latent_weight: float = 1.0
+    """Weight of the mean squared error in latents."""
     pixel_weight: float = 0.0
-    """Of the L1 distance in pixels."""
+    """Weight of the L1 distance in pixels."""
     perceptual: str = "lpips"
+    """Perceptual distance. gradients: image gradients, no network. lpips: LPIPS with VGG. lpips-alex: LPIPS with AlexNet.
+    dists: DISTS."""
     perceptual_weight: float = 1.0
+    """Weight of the perceptual distance at the first step."""
     perceptual_weight_end: float = 2.0
-    """The weight rises to this on a line over the run."""
+    """Its weight at the last step; in between it changes linearly."""
     wavelet_levels: int = 0
-    """Of the colour fix that pixels pass before they are compared; 0 compares them as they are."""
+    """Levels of the wavelet colour fix applied before pixels are compared; 0 = no colour fix."""
 
     def vsd_part(self) -> float:
-        """``lambda``, which is 1 where the objective is VSD."""
+        """``lambda``: ``vsd_share``, or 1 for the objective ``vsd``."""
         return 1.0 if self.name == "vsd" else self.vsd_share
 
     def trajectory(self) -> Trajectory:
-        """The levels that DASM visits; one where the objective does without."""
+        """The noise levels that DASM visits; a single one for objectives without DASM."""
         steps = self.trajectory_steps if self.name == "tsd+dasm" else 1
         return plan(steps, self.stride, self.later_weight, self.first_index, self.last_index)
 
 
 @dataclass(frozen=True)
-class Pretrain:
-    """The loss of a small model that is trained end to end."""
+class PretrainSettings:
+    """The loss of stage pretrain, which trains a small model end to end."""
 
     reconstruction_share: float = 0.25
-    """Share of a batch that trains the autoencoder alone: high quality in and out, no step."""
+    """Share of the samples that train only the autoencoder, 0..1: high quality in and out, without the step."""
     wavelet_levels: int = 4
+    """Levels of the wavelet colour fix that the model is trained through."""
     raw_weight: float = 0.1
-    """Weight of the L1 distance before the colour fix; after it the weight is 1."""
+    """Weight of the L1 distance before the colour fix; the L1 distance after it has weight 1."""
     coarse_weight: float = 0.0
-    """Of the L1 distance between the means of 8x8 pixels after the colour fix."""
+    """Weight of the L1 distance between means of 8x8 pixels, after the colour fix."""
+    guide_share: float = 0.0
+    """Share of the guide in the L1 target, 0..1 (see ``data.guided``); the photograph has the rest."""
     sharpening: float = 0.0
-    """Share by which the finest waves of the photograph grow before a restored output is compared with it."""
+    """How much the target is sharpened: its finest detail is amplified by 1 + this."""
     latent_weight: float = 0.0
-    """Of the distance between restored latents and those that the encoder makes of the photograph, in parts of the latter's
-    variance: keeps one meaning for both, as the later stages want."""
+    """Weight of the distance between restored latents and the encoder's latents of the photograph, relative to the variance
+    of the latter. Keeps both in one latent space, which the later stages need."""
+    perceptual: str = "lpips"
+    """Perceptual distance, as ``objective.perceptual``."""
+    perceptual_weight: float = 0.0
+    """Weight of the perceptual distance after the colour fix. Crops are shifted at random against the network's stride, so that
+    it leaves no pattern."""
+    perceptual_crop: int = 0
+    """Side in pixels of the random part of each crop that the perceptual distance sees, to save time; 0: all but 16 pixels."""
+    grid_weight: float = 0.0
+    """Weight of the penalty on errors that repeat with the model's own grid (``objectives.grid``)."""
 
 
 @dataclass(frozen=True)
-class Optimiser:
+class OptimiserSettings:
     """AdamW and its learning rates."""
 
     learning_rate: float = 5e-6
+    """Learning rate of the student, or of whatever else the stage trains."""
     fake_learning_rate: float = 1e-6
-    """Of the LoRA model."""
+    """Learning rate of the LoRA model."""
     beta2: float = 0.999
     weight_decay: float = 1e-2
     clip_norm: float = 1.0
+    """Maximum norm of the gradient; larger ones are scaled down to it."""
     warmup_steps: int = 3000
+    """Steps over which the learning rates rise linearly to their full value."""
     schedule: str = "cosine"
-    """cosine: to zero, ``cycles`` times. linear: constant, then to zero over the last ``decay_steps``."""
+    """cosine: falls to zero, ``cycles`` times. linear: constant, then falls to zero over the last ``decay_steps``."""
     cycles: int = 1
     decay_steps: int = 0
 
 
 @dataclass(frozen=True)
-class Run:
-    """How long and how."""
+class RunSettings:
+    """Length, batch size, precision and saving of a run."""
 
     steps: int = 100000
     """Number of optimiser steps."""
     batch: int = 1
-    """Pictures at once in each process."""
+    """Batch size of each process."""
     accumulate: int = 1
-    """Batches for each step."""
+    """Number of batches whose gradients are accumulated for one step."""
     precision: str = "fp32"
-    """bf16: of the transformers, and in stage "pretrain" of the autoencoder too."""
+    """bf16: mixed precision in the transformers, and in stage pretrain also in the autoencoder."""
     ema_decay: float = 0.999
-    """Of the averaged weights that are exported; 0 exports the last ones."""
+    """Decay of the exponential moving average of the weights, which is what is exported; 0 exports the latest weights."""
     save_every: int = 500
+    """Steps between checkpoints."""
     validate_every: int = 500
+    """Steps between validations."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """The configuration of a run."""
 
     stage: str = "student"
-    """pretrain: a small model end to end. teacher: a diffusion model of good pictures. student: the one-step restorer."""
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    objective: Objective = field(default_factory=Objective)
-    pretrain: Pretrain = field(default_factory=Pretrain)
-    optimiser: Optimiser = field(default_factory=Optimiser)
-    run: Run = field(default_factory=Run)
+    """pretrain: a small model end to end. teacher: a diffusion model of good images. student: the one-step restorer."""
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    pretrain: PretrainSettings = field(default_factory=PretrainSettings)
+    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
+    run: RunSettings = field(default_factory=RunSettings)
 
     @property
     def distils(self) -> bool:
-        """Whether there is a teacher beside the student."""
+        """Whether the student learns from a teacher."""
         return self.stage == "student" and self.objective.name != "supervised"
 
     @property
+    def perceptual(self) -> str | None:
+        """Name of the perceptual distance that the stage uses; None where its weight is 0."""
+        if self.stage == "pretrain":
+            return self.pretrain.perceptual if self.pretrain.perceptual_weight else None
+        weighs = self.objective.perceptual_weight or self.objective.perceptual_weight_end
+        return self.objective.perceptual if self.stage == "student" and weighs else None
+
+    @property
     def wavelet_levels(self) -> int:
-        """Of the colour fix that the stage is trained through; 0 for none."""
+        """Levels of the wavelet colour fix that the stage is trained through; 0 for none."""
         return self.pretrain.wavelet_levels if self.stage == "pretrain" else self.objective.wavelet_levels
 
 
-def read_config(path: Path) -> Config:
-    """Read and check a TOML file.
-
-    Raises:
-        ValueError: for an unknown key, a value of the wrong type or an impossible value, naming it.
-    """
-    try:
-        with path.open("rb") as file:
-            values = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no TOML file that can be read: {error}") from error
-    try:
-        return from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """The checked configuration of nested tables, as ``dataclasses.asdict`` gives them back.
-
-    Raises:
-        ValueError: as ``read_config``.
-    """
-    config = _table(Config, values, "")
-    _check(config)
-    return config
-
-
 def differences(before: Config, after: Config) -> list[str]:
-    """``TABLE.KEY BEFORE -> AFTER`` of every setting that differs."""
+    """The settings that differ, each as the text ``TABLE.KEY BEFORE -> AFTER``."""
     old, new = asdict(before), asdict(after)
     found = [f"stage {before.stage} -> {after.stage}"] if before.stage != after.stage else []
     for table in (name for name, value in new.items() if isinstance(value, dict)):
         keys = (key for key, value in new[table].items() if old[table][key] != value)
         found += [f"{table}.{key} {old[table][key]} -> {new[table][key]}" for key in keys]
     return found
-
-
-def _table(kind: Any, values: Mapping[str, Any], name: str) -> Any:
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    found = {}
-    for key, value in values.items():
-        where = f"{name}{key}"
-        if key not in known:
-            raise ValueError(f"unknown key {where}; known keys: {', '.join(sorted(f'{name}{other}' for other in known))}")
-        default = getattr(kind(), key)
-        if dataclasses.is_dataclass(default):
-            if not isinstance(value, dict):
-                raise ValueError(f"{where} = {value!r}: expected a table [{where}]")
-            found[key] = _table(type(default), value, f"{where}.")
-            continue
-        if type(value) is not type(default) and not (type(default) is float and type(value) is int):
-            raise ValueError(f"{where} = {value!r}: expected a value of type {type(default).__name__}")
-        if key in CHOICES and value not in CHOICES[key]:
-            raise ValueError(f"{where} = {value!r}: expected one of {', '.join(CHOICES[key])}")
-        found[key] = float(value) if type(default) is float else value
-    return kind(**found)
-
-
-_AT_LEAST_ONE = (
-    "data.scale", "data.candidates", "model.rank", "optimiser.cycles", "run.steps", "run.batch", "run.accumulate",
-    "run.save_every", "run.validate_every", "pretrain.wavelet_levels",
-)  # fmt: skip
-_POSITIVE = ("optimiser.learning_rate", "optimiser.fake_learning_rate", "optimiser.clip_norm")
-_SHARES = (
-    "data.synthetic_share", "objective.vsd_share", "pretrain.reconstruction_share", "run.ema_decay", "optimiser.beta2",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "data.workers", "model.layers_per_block", "objective.later_weight", "objective.guidance", "objective.distribution_weight",
-    "objective.latent_weight", "objective.pixel_weight", "objective.perceptual_weight", "objective.perceptual_weight_end",
-    "objective.wavelet_levels", "pretrain.raw_weight", "pretrain.coarse_weight", "pretrain.sharpening",
-    "pretrain.latent_weight", "optimiser.weight_decay", "optimiser.warmup_steps", "optimiser.decay_steps",
-)  # fmt: skip
-
-
-def _check(config: Config) -> None:
-    """Raise ``ValueError`` for a setting that cannot be trained with."""
-    rules = (
-        (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
-        (_POSITIVE, lambda value: 0 < value < math.inf, "a number above 0"),
-        (_SHARES, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-        (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "a number of at least 0"),
-    )
-    for names, holds, expected in rules:
-        for name in names:
-            table, key = name.split(".")
-            value = getattr(getattr(config, table), key)
-            if not holds(value):
-                raise ValueError(f"{name} = {value}: expected {expected}")
-    for name in ("objective", "pretrain"):
-        levels, most = getattr(config, name).wavelet_levels, DEFAULTS["wavelet_levels"][1]
-        if levels > most:
-            raise ValueError(f"{name}.wavelet_levels = {levels}: expected at most {most}")
-    _check_data(config.data)
-    if config.stage == "pretrain" and config.model.trained != "weights":
-        raise ValueError("stage = 'pretrain' trains a small model's own weights: set model.trained = 'weights'")
-    if config.model.layers < 2:
-        raise ValueError(f"model.layers = {config.model.layers}: expected at least 2, since the last block is of another form")
-    if config.objective.last_index >= SCHEDULE_STEPS:
-        raise ValueError(f"objective.last_index = {config.objective.last_index}: expected less than {SCHEDULE_STEPS}")
-    first = config.objective.first_index
-    if config.objective.as_scores and first < 1:
-        raise ValueError(f"objective.first_index = {first}: expected at least 1 with as_scores, since level 0 is noise alone")
-    config.objective.trajectory()
-
-
-def _check_data(data: Data) -> None:
-    if not 1 <= data.contrast < math.inf:
-        raise ValueError(f"data.contrast = {data.contrast}: expected a number of at least 1")
-    unknown = sorted(set(data.presets) - set(PRESETS))
-    weights = data.presets.values()
-    if unknown or not all(isinstance(w, int | float) and w >= 0 for w in weights) or not sum(weights) > 0:
-        raise ValueError(f"data.presets = {data.presets}: expected weights of at least 0 for some of {', '.join(PRESETS)}")
-    multiple = math.lcm(16, data.scale)  # 16 pixels are a patch of SD3's latents
-    if data.crop % multiple or data.crop < 2 * multiple:
-        raise ValueError(f"data.crop = {data.crop}: expected a multiple of {multiple}, at least {2 * multiple}")

@@ -1,4 +1,4 @@
-"""What a step of Stable Diffusion 3 medium's training takes, counted on the meta device: nothing is computed or allocated."""
+"""Memory and operations of one training step of Stable Diffusion 3 medium, counted on the meta device without computing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..sd3 import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, VAE_CONFIG
-from .batch import Batch
-from .build import add_adapters
+from ..errors import InputError
+from ..sd3.config import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, VAE_CONFIG
 from .config import Config
-from .networks import FAKE, STUDENT, TEACHER, Condition, Networks
+from .data.batch import Batch
+from .networks.build import add_adapters
+from .networks.roles import FAKE, STUDENT, TEACHER, Condition, Networks
 from .trainers import StudentTrainer, TeacherTrainer
 
 META = torch.device("meta")
@@ -26,15 +27,15 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one process; bytes unless named otherwise."""
+    """What one process needs, in bytes unless stated otherwise."""
 
     weights: int
     trained: int
-    """Parameters, not bytes."""
+    """Number of trained parameters."""
     optimiser: int
-    """AdamW's two averages, gradients and averaged weights, fp32."""
+    """AdamW's state, gradients and averaged weights, in fp32."""
     activations: int
-    """The most that is alive in a step beside those."""
+    """Peak of all other tensors during a step."""
     flops: int
     """Floating-point operations of a step."""
 
@@ -44,16 +45,16 @@ class Estimate:
 
 
 def estimate(config: Config) -> Estimate:
-    """Count one step of a LoRA stage.
+    """Count one step of a stage that trains LoRAs.
 
-    The perceptual term is counted as "gradients": LPIPS adds the activations of its own network.  What adapters compute is
-    counted in fp32, without autocast.
+    The perceptual term is counted as "gradients"; LPIPS adds the activations of its network.  Adapters are counted in fp32,
+    without autocast.
 
     Raises:
-        ValueError: for a run that trains a small model's weights.
+        InputError: for a run that trains a small model's weights.
     """
     if config.model.trained != "lora":
-        raise ValueError("--dry-run counts Stable Diffusion 3 medium with LoRAs: set model.trained = 'lora'")
+        raise InputError("--dry-run works for Stable Diffusion 3 medium with LoRAs only: set model.trained = 'lora'")
     config = replace(config, objective=replace(config.objective, perceptual="gradients"))
     networks = _networks(config)
     trainer: Any = (TeacherTrainer if config.stage == "teacher" else StudentTrainer)(networks, config)
@@ -65,9 +66,9 @@ def estimate(config: Config) -> Estimate:
     batch = Batch(torch.empty_like(high), high, range(count), 0)
     with FlopCounterMode(display=False) as flops, LiveBytes(modules) as live:
         trainer.accumulate(batch, 0, lambda loss: loss.backward())
-    gradients = 4 * trained  # counted as alive too
+    gradients = 4 * trained  # part of live.peak, too
     total = config.run.accumulate * flops.get_total_flops()
-    return Estimate(weights, trained, 4 * 4 * trained, live.most - gradients, total)
+    return Estimate(weights, trained, 4 * 4 * trained, live.peak - gradients, total)
 
 
 def _networks(config: Config) -> Networks:
@@ -85,14 +86,14 @@ def _networks(config: Config) -> Networks:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made and alive at once, beside those of ``modules``."""
+    """Tracks the peak bytes of live tensors, not counting those of ``modules``."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
         tensors = itertools.chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules)
-        self.known = {tensor.untyped_storage()._cdata for tensor in tensors}  # views of them are no new bytes
+        self.known = {tensor.untyped_storage()._cdata for tensor in tensors}  # views of them take no memory
         self.living: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.total = self.most = 0
+        self.total = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **kwargs or {})
@@ -102,8 +103,8 @@ class LiveBytes(TorchDispatchMode):
                 _, before = self.living.get(storage._cdata, (None, 0))
                 self.living[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
                 self.total += storage.nbytes() - before
-        if self.total > self.most:  # seldom: looking through all for the dead takes time
+        if self.total > self.peak:  # only at a new peak, since looking for freed tensors takes time
             self.living = {key: entry for key, entry in self.living.items() if not entry[0].expired()}
             self.total = sum(size for _, size in self.living.values())
-            self.most = max(self.most, self.total)
+            self.peak = max(self.peak, self.total)
         return results

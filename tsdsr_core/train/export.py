@@ -1,4 +1,4 @@
-"""From a checkpoint to what people install: the official pair of LoRA files, or a bundle."""
+"""Export of a checkpoint: the official pair of LoRA files, or a bundle."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..bundle import Bundle, write_bundle
-from ..diffusers_models import merged_bundle
-from ..files import safetensors_writer, torch_writer, write_files
-from ..jobs import check_existing
-from ..lora import TRANSFORMER_FILE, VAE_FILE
-from ..prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds
-from .build import Sources, build_networks
+from ..errors import InputError
+from ..images.jobs import check_existing
+from ..sd3.models import merged_bundle
+from ..system.atomic import safetensors_writer, torch_writer, write_files
+from ..weights.bundle import Bundle, write_bundle
+from ..weights.lora import TRANSFORMER_FILE, VAE_FILE
+from ..weights.prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds
 from .checkpoint import Checkpoint, check_frozen
 from .config import Config
-from .networks import STUDENT, TEACHER, set_parameters
-from .preview import fit_preview, measure
-from .small_model import shift_latents
+from .networks.build import Sources, build_networks
+from .networks.preview import fit_preview, latent_statistics
+from .networks.roles import STUDENT, TEACHER, set_parameters
+from .networks.small_model import shift_latents
 
 CPU = torch.device("cpu")
 
 
 def export(checkpoint: Checkpoint, out: Path, base: Path | None, notes: Mapping[str, str], existing: str = "error") -> None:
-    """Write the averaged weights of a checkpoint, all files or none.
+    """Write the averaged weights of a checkpoint: all files or none.
 
     Args:
-        out: with adapters a folder for the official files, or a ``.safetensors`` bundle of the LoRAs; with a small model's own
-            weights a ``.safetensors`` bundle with everything.
-        base: what the run began with; adapters need none.
-        existing: "error" or "overwrite" where a file to write is there already.
+        out: for adapters a folder for the official files, or a ``.safetensors`` bundle of LoRAs; for a small model a
+            ``.safetensors`` bundle of the whole model.
+        base: what the run started with; not needed for adapters.
+        notes: text to store in a bundle.
+        existing: "error" or "overwrite": what to do about existing files.
 
     Raises:
-        ValueError: for an ``out`` of the wrong kind, files that are there already, or a base that does not fit.
-        OSError: where a file cannot be written; those that were there before stay.
+        InputError: for an unsuitable ``out``, existing files, or a base that does not fit.
+        OSError: if a file cannot be written; existing files are kept.
     """
     config = checkpoint.config
     notes = {"stage": config.stage, "steps": str(checkpoint.step), **notes}
@@ -48,13 +50,13 @@ def export(checkpoint: Checkpoint, out: Path, base: Path | None, notes: Mapping[
         _write_adapters(checkpoint, out, existing)
         return
     if not is_file:
-        raise ValueError(f"-o {out}: a small model is exported as one .safetensors file")
+        raise InputError(f"-o {out}: a small model is exported as one .safetensors file")
     check_existing([out], existing)
     write_bundle(out, _lora_bundle(checkpoint, notes) if adapters else _small_bundle(checkpoint, base, notes))
 
 
 def _write_adapters(checkpoint: Checkpoint, folder: Path, existing: str) -> None:
-    """The official files."""
+    """Write the official files."""
     parts, prompt = adapter_files(checkpoint.average), _prompt(checkpoint)
     writers = {
         folder / file: safetensors_writer({f"transformer.{key}": value for key, value in parts[part].items()})
@@ -70,7 +72,7 @@ def _write_adapters(checkpoint: Checkpoint, folder: Path, existing: str) -> None
 def _lora_bundle(checkpoint: Checkpoint, notes: Mapping[str, str]) -> Bundle:
     parts = adapter_files(checkpoint.average)
     if not parts["vae"]:
-        raise ValueError("a teacher has no encoder LoRA for a bundle: export it into a folder")
+        raise InputError("a teacher has no encoder LoRA, which a bundle needs: export it to a folder")
     return Bundle("lora", _prompt(checkpoint), parts["transformer"], parts["vae"], notes=notes)
 
 
@@ -79,7 +81,7 @@ def _prompt(checkpoint: Checkpoint) -> PromptEmbeds:
 
 
 def adapter_files(average: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Parameters of an adapter by part, under PEFT's keys without the adapter's name."""
+    """An adapter's parameters by part ("transformer", "vae"), under PEFT's keys without the adapter's name."""
     parts: dict[str, dict[str, Tensor]] = {"transformer": {}, "vae": {}}
     for name, value in average.items():
         part, _, key = name.partition(".")
@@ -91,19 +93,19 @@ def adapter_files(average: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]
 
 def _small_bundle(checkpoint: Checkpoint, base: Path | None, notes: Mapping[str, str]) -> Bundle:
     config = checkpoint.config
-    plain = replace(config, objective=replace(config.objective, name="supervised"))  # a student alone needs no teacher
+    plain = replace(config, objective=replace(config.objective, name="supervised"))  # the teacher is not needed here
     networks = build_networks(plain, Sources(base), CPU)
     check_frozen(checkpoint, {"autoencoder": networks.autoencoder})
     role = TEACHER if config.stage == "teacher" else STUDENT
-    set_parameters(networks.parameters(role), checkpoint.average, "the checkpoint (give what the run began with as --base)")
+    set_parameters(networks.parameters(role), checkpoint.average, "the checkpoint (--base must be what the run started with)")
     transformer, vae = networks.transformers[role], networks.student_vae
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> Tensor:
         return vae.encode(pixels).latent_dist.mode()
 
-    if config.stage == "pretrain":  # the next stage is a diffusion model, which wants mean 0 and variance 1
-        mean, std = measure(encode)
+    if config.stage == "pretrain":  # the next stage is a diffusion model, which needs latents of mean 0 and variance 1
+        mean, std = latent_statistics(encode)
         shift_latents(transformer, vae, mean, 1 / (std * networks.scaling_factor))
     bundle = merged_bundle(transformer, vae, _prompt(checkpoint), torch.float16, _defaults(config), notes)
     return replace(bundle, preview=fit_preview(encode))

@@ -1,10 +1,10 @@
-"""The training loop: accelerate's processes and precision, accumulation, averages, schedules, checkpoints, logs."""
+"""The training loop: gradient accumulation, averaged weights, learning rates, checkpoints and logs, on accelerate."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batch import Batch
-from .checkpoint import FILE, Checkpoint, check_frozen, write_checkpoint
-from .config import Config, Optimiser
-from .networks import set_parameters
+from .checkpoint import FILE, Checkpoint, check_frozen, check_optimiser, write_checkpoint
+from .config import Config, OptimiserSettings
+from .data.batch import Batch
+from .networks.roles import check_same_shapes, set_parameters
 from .trainers import Trainer
 
 log = logging.getLogger(__name__)
 
 Validate = Callable[[Callable[[Tensor], Tensor | None], int], Mapping[str, float]]
-"""Given what restores, and the step: figures to log; may log pictures itself."""
+"""Takes the trainer's ``restore`` and the step; returns metrics to log by name. May log images itself."""
 
 
 class Loop:
@@ -43,15 +43,19 @@ class Loop:
         self.average = {name: parameter.detach().clone() for name, parameter in self.first.items()}
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on where a checkpoint stopped.
+        """Continue where a checkpoint stopped.
 
         Raises:
-            ValueError: where it is of another model, or was trained beside another one.
+            InputError: if it is damaged, belongs to another model, or was trained with other frozen networks.
         """
         check_frozen(checkpoint, self.trainer.networks.frozen)
         for name, group in self.trainer.groups.items():
-            set_parameters(group.parameters, checkpoint.weights.get(name, {}), f"the {name} in the checkpoint")
-            own = self.optimisers[name].state_dict()["param_groups"]  # the averages are restored, the settings are the run's
+            check_same_shapes(checkpoint.weights.get(name, {}), group.parameters, f"the {name} in the checkpoint")
+            check_optimiser(checkpoint, name, list(group.parameters.values()))
+        check_same_shapes(checkpoint.average, self.first, "the average in the checkpoint")
+        for name, group in self.trainer.groups.items():
+            set_parameters(group.parameters, checkpoint.weights[name], f"the {name} in the checkpoint")
+            own = self.optimisers[name].state_dict()["param_groups"]  # restore the moments, keep this run's settings
             self.optimisers[name].load_state_dict({**checkpoint.optimisers[name], "param_groups": own})
         self.average = {name: checkpoint.average[name].to(value) for name, value in self.average.items()}
         self.step, self.seen = checkpoint.step, checkpoint.samples
@@ -60,8 +64,8 @@ class Loop:
         """Train up to the configured step.
 
         Raises:
-            FloatingPointError: where a loss or a gradient is not finite, naming it and the step; the last checkpoint stays.
-            OSError: where a checkpoint cannot be written; the last one stays.
+            FloatingPointError: if a loss or gradient is not finite, with its name and the step; the last checkpoint is kept.
+            OSError: if a checkpoint cannot be written; the last one is kept.
         """
         run, main = self.config.run, self.accelerator.is_main_process
         with tqdm(total=run.steps, initial=self.step, unit="step", disable=None if main else True) as bar:
@@ -84,7 +88,7 @@ class Loop:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The first group with its averaged weights."""
+        """Put the averaged weights into the first group for the duration of the block."""
         own = {name: parameter.detach().clone() for name, parameter in self.first.items()}
         set_parameters(self.first, self.average, "the average")
         try:
@@ -110,20 +114,28 @@ class Loop:
         return named
 
     def _reduced(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
-        """Mean gradients and losses over all processes; a value that is not finite ends the run."""
+        """Average gradients and losses over all processes; raises ``FloatingPointError`` if a loss is not finite."""
         if self.accelerator.num_processes > 1:
             for group in self.trainer.groups.values():
-                parameters = list(group.parameters.values())
-                own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]  # the same tensors everywhere
-                mean: Any = self.accelerator.reduce(torch.cat([grad.flatten() for grad in own]), "mean")
-                for parameter, part in zip(parameters, mean.split([grad.numel() for grad in own]), strict=True):
-                    parameter.grad = part.view_as(parameter)
+                self._reduce_gradients(list(group.parameters.values()))
         values: Any = self.accelerator.reduce(torch.stack(list(losses.values())), "mean")
         named = dict(zip(losses, values.tolist(), strict=True))
         for name, value in named.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"the loss {name} is {value} at step {self.step}; {self._stays()}")
+                raise FloatingPointError(f"the loss {name} is {value} at step {self.step}; {self._advice()}")
         return named
+
+    def _reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average a group's gradients; parameters without one in any process keep none, or weight decay would move them."""
+        given = [p.grad is not None for p in parameters]
+        if not any(given):  # which groups are trained depends only on the step, so all processes agree
+            return
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]  # all processes must reduce the same
+        flags = own[0].new_tensor(given, dtype=own[0].dtype)
+        mean: Any = self.accelerator.reduce(torch.cat([*(grad.flatten() for grad in own), flags]), "mean")
+        *parts, shares = mean.split([*(grad.numel() for grad in own), len(parameters)])
+        for parameter, part, share in zip(parameters, parts, shares.tolist(), strict=True):
+            parameter.grad = part.view_as(parameter) if share else None
 
     def _clip(self, group: str) -> None:
         parameters = self.trainer.groups[group].parameters
@@ -132,15 +144,15 @@ class Loop:
             wrong = [name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
             raise FloatingPointError(
                 f"the gradient of {', '.join(wrong[:4]) or group} ({len(wrong)} tensors of {group}) is not finite at step "
-                f"{self.step}; {self._stays()}"
+                f"{self.step}; {self._advice()}"
             )
         nn.utils.clip_grads_with_norm_(parameters.values(), self.config.optimiser.clip_norm, norm)
 
-    def _stays(self) -> str:
-        return f"{self.out / FILE} is untouched; a lower learning rate or precision = 'fp32' may help"
+    def _advice(self) -> str:
+        return f"{self.out / FILE} is unchanged; a lower learning rate or precision = 'fp32' may help"
 
     def _update_average(self) -> None:
-        """Exponential moving average, with a shorter memory at the start."""
+        """Update the exponential moving average; its decay is lower during the first steps."""
         decay = min(self.config.run.ema_decay, self.step / (9 + self.step))
         with torch.no_grad():
             for name, parameter in self.first.items():
@@ -156,11 +168,20 @@ class Loop:
         return Checkpoint(self.config, self.step, weights, self.average, states, prompt, self.seen, frozen)
 
 
-def learning_rate_factor(settings: Optimiser, step: int, steps: int) -> float:
-    """What the learning rates are multiplied by in a step, counted from 0: linear warm-up, then a schedule.
+def learning_rate_factor(settings: OptimiserSettings, step: int, steps: int) -> float:
+    """Factor of the learning rates at a step, 0..1: linear warm-up, then the schedule.
 
-    cosine: ``(1 + cos(pi p)) / 2`` within each of ``cycles`` equal parts of the rest (Loshchilov & Hutter 2017, hard restarts).
-    linear: 1, then a line to 0 over the last ``decay_steps``.
+    cosine: ``(1 + cos(pi p)) / 2`` in each of ``cycles`` equal parts after the warm-up (Loshchilov & Hutter 2017, hard
+    restarts). linear: 1, then linearly to 0 over the last ``decay_steps``.
+
+    Args:
+        step: counted from 0.
+        steps: length of the run.
+
+    >>> from tsdsr_core.train.config import OptimiserSettings
+    >>> cosine = OptimiserSettings(warmup_steps=2)
+    >>> [round(learning_rate_factor(cosine, step, 10), 2) for step in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.04]
     """
     warmup = min(settings.warmup_steps, steps)
     if step < warmup:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 
 from ..colour import wavelet, wavelet_low
 from ..flow import one_step, schedule
-from . import losses
-from .batch import Batch
+from ..system.precision import check_finite
 from .config import Config
-from .networks import FAKE, STUDENT, TEACHER, Condition, Networks
-from .perceptual import distance
-from .randomness import generator_for
+from .data.batch import Batch
+from .data.randomness import generator_for
+from .networks.roles import FAKE, STUDENT, TEACHER, Condition, Networks
+from .objectives import losses
+from .objectives.grid import periodic_error
+from .objectives.perceptual import STRIDE, Distance, distance
 
 Backward = Callable[[Tensor], None]
 """Adds a loss's gradients to those of the parameters."""
@@ -41,8 +44,11 @@ class Trainer(Protocol):
     """What the loop runs."""
 
     networks: Networks
-    groups: Mapping[str, Group]
-    """By name; the first is what is exported."""
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        """By name; the first is what is exported."""
+        ...
 
     def accumulate(self, batch: Batch, step: int, backward: Backward) -> dict[str, Tensor]:
         """Add the gradients of one batch of a step, counted from 0; returns losses by name."""
@@ -75,20 +81,27 @@ class TeacherTrainer:
 class StudentTrainer:
     """The one-step restorer, and ``phi`` that follows its outputs."""
 
-    def __init__(self, networks: Networks, config: Config) -> None:
+    def __init__(self, networks: Networks, config: Config, perceptual_weights: Path | None = None) -> None:
         self.networks, self.objective, self.steps = networks, config.objective, config.run.steps
         rates = config.optimiser
         self.groups = {STUDENT: Group(networks.parameters(STUDENT), rates.learning_rate)}
         self.distils = config.distils
         if self.distils:
             self.groups[FAKE] = Group(networks.parameters(FAKE), rates.fake_learning_rate)
-        self.distance = distance(config.objective.perceptual, networks.device)
+        self.distance = _distance(networks, config, perceptual_weights)
         self.trajectory = config.objective.trajectory()
         self.schedule = schedule().to(networks.device)
 
     def accumulate(self, batch: Batch, step: int, backward: Backward) -> dict[str, Tensor]:
-        """The student's loss, then that of the LoRA model on what the student made."""
+        """The student's loss, then that of the LoRA model on what the student made.
+
+        With ``objective.fake_steps`` above 1 the student has a loss in every so manyth step only.
+        """
         networks, objective = self.networks, self.objective
+        if self.distils and step % objective.fake_steps:
+            with torch.no_grad():
+                z_hat = restored_latent(networks, batch.low)
+            return {"fake": self._train_fake(z_hat, batch, backward)}
         z = latent_of(batch, networks)
         z_hat = restored_latent(networks, batch.low)
         parts = {"latent": objective.latent_weight * F.mse_loss(z_hat.float(), z.float())}
@@ -99,15 +112,23 @@ class StudentTrainer:
         networks.activate(STUDENT)
         backward(torch.stack(list(parts.values())).sum())
         if self.distils:
-            parts["fake"] = diffusion_loss(networks, FAKE, z_hat.detach(), batch)
-            networks.activate(FAKE)
-            backward(parts["fake"])
+            parts["fake"] = self._train_fake(z_hat.detach(), batch, backward)
         return {name: value.detach() for name, value in parts.items()}
 
     @torch.no_grad()
     def restore(self, low: Tensor) -> Tensor:
         """The one step, without the colour fix."""
-        return self.networks.decode(restored_latent(self.networks, low)).clamp(0, 1)
+        return _restored(self.networks, low)
+
+    def _train_fake(self, z_hat: Tensor, batch: Batch, backward: Backward) -> Tensor:
+        """Add the gradients of the LoRA model's diffusion loss on restored latents, at the levels where it is asked."""
+        objective, levels = self.objective, None
+        if objective.fake_levels == "queried":
+            levels = batch.scheduled(objective.first_index, objective.last_index, self.schedule, f"{FAKE} level")
+        loss = diffusion_loss(self.networks, FAKE, z_hat, batch, levels)
+        self.networks.activate(FAKE)
+        backward(loss)
+        return loss.detach()
 
     def _pixel_terms(self, z_hat: Tensor, batch: Batch, step: int) -> dict[str, Tensor]:
         objective = self.objective
@@ -119,7 +140,7 @@ class StudentTrainer:
         if objective.wavelet_levels:
             pixels = wavelet(pixels, batch.low, objective.wavelet_levels)
         parts = {}
-        if weight:
+        if weight and self.distance:
             parts["perceptual"] = weight * self.distance(pixels, batch.high)
         if objective.pixel_weight:
             parts["pixel"] = objective.pixel_weight * (pixels - batch.high).abs().mean()
@@ -154,8 +175,9 @@ class StudentTrainer:
 class PretrainTrainer:
     """A small model end to end: encoder, transformer and decoder through the colour fix."""
 
-    def __init__(self, networks: Networks, config: Config) -> None:
+    def __init__(self, networks: Networks, config: Config, perceptual_weights: Path | None = None) -> None:
         self.networks, self.settings = networks, config.pretrain
+        self.distance = _distance(networks, config, perceptual_weights)
         self.groups = {STUDENT: Group(networks.parameters(STUDENT), config.optimiser.learning_rate)}
         table = networks.transformers[STUDENT].pos_embed
         self.table, self.positions = table, table.pos_embed.clone()
@@ -172,11 +194,23 @@ class PretrainTrainer:
         target = torch.where(kept, batch.high, sharpened(batch.high, self.settings.sharpening))
         raw = (output - target).abs().mean()
         loss = (fixed - target).abs().mean()
+        share = 0.0 if batch.guide is None else self.settings.guide_share
+        if share and batch.guide is not None:
+            loss = (1 - share) * loss + share * (fixed - torch.where(kept, batch.high, batch.guide)).abs().mean()
         parts = {"pixel": loss, "raw": self.settings.raw_weight * raw}
         if self.settings.coarse_weight:
             parts["coarse"] = self.settings.coarse_weight * F.avg_pool2d(fixed - target, COARSE).abs().mean()
         if self.settings.latent_weight:
-            parts["latent"] = self.settings.latent_weight * self._distance(z, batch.high)
+            parts["latent"] = self.settings.latent_weight * self._latent_distance(z, batch.high)
+        if self.distance:
+            side = self.settings.perceptual_crop
+            less = fixed.shape[2] - side if side else STRIDE
+            shifts = batch.shifts(less)
+            shown, real = (losses.cut(pixels, shifts, less) for pixels in (fixed, batch.high))
+            parts["perceptual"] = self.settings.perceptual_weight * self.distance(shown, real)
+        if self.settings.grid_weight:
+            aim = batch.high if batch.guide is None else torch.where(kept, batch.high, batch.guide)
+            parts["grid"] = self.settings.grid_weight * periodic_error(fixed, aim)
         backward(torch.stack(list(parts.values())).sum())
         return {name: value.detach() for name, value in parts.items()}
 
@@ -184,9 +218,9 @@ class PretrainTrainer:
     def restore(self, low: Tensor) -> Tensor:
         """The one step, without the colour fix."""
         self.table.pos_embed.copy_(self.positions)
-        return self.networks.decode(restored_latent(self.networks, low)).clamp(0, 1)
+        return _restored(self.networks, low)
 
-    def _distance(self, z: Tensor, high: Tensor) -> Tensor:
+    def _latent_distance(self, z: Tensor, high: Tensor) -> Tensor:
         with torch.no_grad(), self.networks.autocast():
             target = self.networks.encode(high, student=True).float()
         return ((z.float() - target).square().mean((0, 2, 3)) / target.var((0, 2, 3))).mean()
@@ -197,6 +231,16 @@ class PretrainTrainer:
         reach = grid // 5
         shift = torch.randint(-reach, reach + 1, (2,), generator=generator_for(seed, step, "position")).tolist()
         self.table.pos_embed.copy_(self.positions.view(grid, grid, -1).roll(shift, (0, 1)).view_as(self.positions))
+
+
+def _distance(networks: Networks, config: Config, weights: Path | None) -> Distance | None:
+    return distance(config.perceptual, networks.device, weights) if config.perceptual else None
+
+
+def _restored(networks: Networks, low: Tensor) -> Tensor:
+    """The one step's image in 0..1; raises ``FloatingPointError`` where it is not finite, before the clamp hides that."""
+    pixels = networks.decode(restored_latent(networks, low))
+    return check_finite(pixels, "the restored image", "a lower learning rate or precision = 'fp32' may help").clamp(0, 1)
 
 
 def restored_latent(networks: Networks, pixels: Tensor, strength: Tensor | float = 1.0) -> Tensor:
@@ -228,11 +272,15 @@ def caption_of(batch: Batch, networks: Networks) -> Condition:
     return networks.prompt.expanded(len(batch.high)) if batch.caption is None else batch.caption
 
 
-def diffusion_loss(networks: Networks, role: str, z: Tensor, batch: Batch) -> Tensor:
-    """The flow-matching loss of a role's network on clean latents, some samples without their prompt."""
+def diffusion_loss(networks: Networks, role: str, z: Tensor, batch: Batch, levels: Tensor | None = None) -> Tensor:
+    """The flow-matching loss of a role's network on clean latents, some samples without their prompt.
+
+    Args:
+        levels: noise levels ``(B,)``; None draws logit-normal ones, as SD3 was trained.
+    """
     dropped = batch.chosen(NULL_SHARE, f"{role} prompt")
     condition = caption_of(batch, networks).where(~dropped, networks.null.expanded(len(z)))
     return losses.flow_matching(
         lambda z_t, sigma: networks.velocity(role, z_t, sigma, condition), z, batch.noise(z, f"{role} noise"),
-        batch.levels(f"{role} level"),
+        batch.levels(f"{role} level") if levels is None else levels,
     )  # fmt: skip

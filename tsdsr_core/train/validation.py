@@ -1,4 +1,4 @@
-"""What a run is judged by while it goes on: figures and pictures of a fixed evaluation set."""
+"""Validation during training: metrics and example images of a fixed evaluation set."""
 
 from __future__ import annotations
 
@@ -10,46 +10,49 @@ import torch
 from torch import Tensor
 
 from ..colour import match_colour
-from ..image_io import read_picture
-from ..metrics import mean, psnr_y, ssim_y
+from ..errors import InputError
+from ..images.files import read_picture
+from ..metrics.fidelity import mean, psnr_y, ssim_y
+from ..metrics.spectrum import LEAST_SIDE, PERIODS, grid_peaks, sharpness
 from ..restore import bicubic
-from ..spectrum import LEAST_SIDE, PERIODS, grid_peaks, sharpness
 
 Show = Callable[[str, Tensor], None]
-"""Takes a name and a picture ``(3, H, W)`` in 0..1."""
-PICTURES = 8
-"""Of each preset; a run is not to wait for more."""
+"""Takes a name and an image ``(3, H, W)`` in 0..1."""
+IMAGES = 8
+"""Images of each preset that are validated; more would delay the training."""
 SHOWN = 2
+"""Images of each preset that are logged."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture of the evaluation set."""
+    """One image of the evaluation set."""
 
     preset: str
     name: str
     low: Tensor
-    """Enlarged bicubically, ``(1, 3, H, W)`` in 0..1."""
+    """Low quality, enlarged bicubically, ``(1, 3, H, W)`` in 0..1."""
     high: Tensor
+    """High quality, same shape."""
 
 
 def load_pairs(folder: Path) -> list[Pair]:
-    """The first pictures of each preset of an evaluation set, as ``make_evaluation_set`` wrote it.
+    """Load the first images of each preset of an evaluation set that ``make_evaluation_set`` wrote.
 
     Raises:
-        ValueError: where there is none, or one is too small for its spectrum.
+        InputError: if there are no images, or one is too small for the spectrum's metrics.
     """
     presets = sorted(folder.glob("lq-*"))
     pairs = []
     for preset in presets:
-        for path in sorted(preset.glob("*.png"))[:PICTURES]:
+        for path in sorted(preset.glob("*.png"))[:IMAGES]:
             high = read_picture(folder / "hq" / path.name).rgb
             if min(high.shape[2:]) < LEAST_SIDE:
-                raise ValueError(f"--validation {folder}: {path.name} has sides below {LEAST_SIDE} pixels")
+                raise InputError(f"--validation {folder}: {path.name} has sides below {LEAST_SIDE} pixels")
             low = bicubic(read_picture(path).rgb, (high.shape[2], high.shape[3]))
             pairs.append(Pair(preset.name.removeprefix("lq-"), path.stem, low, high))
     if not pairs:
-        raise ValueError(
+        raise InputError(
             f"--validation {folder}: expected hq/ and lq-PRESET/ with PNG files, as tsdsr train evalset makes them"
         )
     return pairs
@@ -58,11 +61,12 @@ def load_pairs(folder: Path) -> list[Pair]:
 def validate(
     pairs: list[Pair], restore: Callable[[Tensor], Tensor | None], wavelet_levels: int, device: torch.device, show: Show
 ) -> Mapping[str, float]:
-    """Mean figures by preset: PSNR and SSIM of the luma, sharpness, and the strength of grids of 8 and 16 pixels.
+    """Mean metrics by preset: PSNR and SSIM of the luma, sharpness, and the strength of 8- and 16-pixel grids.
 
     Args:
-        restore: enlarged low quality to restored pictures; None ends it without figures.
-        wavelet_levels: of the colour fix.
+        restore: maps enlarged low-quality images to restored ones; where it returns None, there are no metrics.
+        wavelet_levels: levels of the wavelet colour fix.
+        show: is called with the first images of each preset: input, result and original side by side.
     """
     figures: dict[str, list[float]] = {}
     shown: dict[str, int] = {}
@@ -82,8 +86,8 @@ def validate(
 
 
 def references(pairs: list[Pair]) -> Mapping[str, float]:
-    """Mean sharpness and grids of the originals themselves: what those figures of results are to come near."""
-    originals = {pair.name: pair.high for pair in pairs}  # once, however many presets show them
+    """Mean sharpness and grid strength of the originals: the values that results should come close to."""
+    originals = {pair.name: pair.high for pair in pairs}  # each once, although every preset has it
     figures = [_spectral(high) for high in originals.values()]
     return {name: mean([float(found[name]) for found in figures]) for name in figures[0]}
 

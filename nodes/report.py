@@ -1,0 +1,69 @@
+"""What TSD-SR Upscale shows on the node after a run: sizes, tiles, seconds, and what the automatic settings came to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..tsdsr_core.image_size import Size, SizePlan
+from .host.sampling import TilesUsed
+
+
+@dataclass
+class Report:
+    """Filled while a node runs."""
+
+    tiles: TilesUsed = field(default_factory=TilesUsed)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By stage, over all images."""
+    _reached: float = field(default=0.0, init=False)
+
+    def timed(self, name: str, stage: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """``stage``, with its time counted."""
+
+        def run(values: Tensor) -> Tensor:
+            start = time.perf_counter()
+            result = stage(values)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            return result
+
+        return run
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """The pipeline's progress: what lies between an image's decoding and its colour fix is the time of the latter."""
+        now = time.perf_counter()
+        if stage == "colour":
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._reached
+        self._reached = now
+
+    def text(self, images: int, size: Size, plan: SizePlan, automatic: Collection[str], levels: int | None) -> str:
+        """The report in few and short lines: the node has room for about three.
+
+        Args:
+            images: how many there were, of one ``size``.
+            automatic: names of the settings that were left to the node.
+            levels: of the wavelet colour fix; None for another.
+        """
+        count = f"{images} images, " if images > 1 else ""
+        processed = "" if plan.work == plan.target else f", processed at {_shown(plan.work)}"
+        each = self.tiles.count // images
+        tiles = "one tile" if each == 1 else f"{each} tiles of {self.tiles.width}x{self.tiles.height}"
+        lines = [
+            f"{count}{_shown(size)} → {_shown(plan.target)}{processed}, {tiles}",
+            ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items()),
+        ]
+        became = {"wavelet_levels": levels} if levels else {}
+        if each > 1:
+            side = max(self.tiles.height, self.tiles.width)
+            became = {"tile": side, "tile_batch": self.tiles.batch, **became}
+        chosen = [f"{name} {value}" for name, value in became.items() if name in automatic]
+        if chosen:
+            lines.append(f"automatic: {', '.join(chosen)}")
+        return "\n".join(lines)
+
+
+def _shown(size: Size) -> str:
+    return f"{size[1]}x{size[0]}"

@@ -1,0 +1,123 @@
+"""The real frontend in a browser: served by a real host, or from its package with recorded answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import mimetypes
+import os
+import shutil
+import time
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from . import host as host_module
+from .host import Host, Result
+
+CHROMIUM = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium") or shutil.which("chromium-browser")
+PACKAGES = [name for name in ("playwright", "comfyui_frontend_package") if importlib.util.find_spec(name) is None]
+SKIPPED = f"no Chromium (CHROMIUM_PATH) or not installed: {PACKAGES}" if CHROMIUM is None or PACKAGES else ""
+"""Why the tests of the frontend cannot run here; empty where they can."""
+FOLDER = host_module.ROOT / "workflows"
+WORKFLOWS = sorted(FOLDER.glob("*.json"))
+RECORDED = host_module.ROOT / "tests" / "data" / "frontend.json"
+"""What a real host (0.33.0) answered the frontend at start, /object_info cut down to the nodes that the workflows use."""
+OWN = f"/extensions/{host_module.PACK}/"
+"""Where a host serves the pack's folder ``web``."""
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
+READY = "!!(window.app && window.app.graph && LiteGraph.registered_node_types.TSDSRUpscale)"
+STATUS = {"type": "status", "data": {"status": {"exec_info": {"queue_remaining": 0}}, "sid": "recorded"}}
+WAIT = 240_000
+
+DROP = """async ([text, name]) => {
+  const data = new DataTransfer();
+  data.items.add(new File([text], name, {type: 'application/json'}));
+  const event = new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true});
+  document.dispatchEvent(event);
+}"""
+
+
+class Recorded:
+    """Answers the browser in the host's place."""
+
+    def __init__(self) -> None:
+        answers = json.loads(RECORDED.read_text())
+        self.answers = {path: (status, kind, body) for path, status, kind, body in answers}
+        found = importlib.util.find_spec("comfyui_frontend_package")
+        self.static = Path(found.submodule_search_locations[0]) / "static"
+
+    def __call__(self, route) -> None:
+        path = urlsplit(route.request.url).path
+        file = self.static / (unquote(path).lstrip("/") or "index.html")
+        if path.startswith(OWN):
+            file = host_module.ROOT / "web" / path.removeprefix(OWN)
+        if path in self.answers:
+            status, kind, body = self.answers[path]
+            route.fulfill(status=status, content_type=kind, body=body)
+        elif path == "/api/view":
+            route.fulfill(path=host_module.ROOT / "docs" / "examples" / "lighthouse.png")
+        elif path.startswith("/api/") or not file.is_file():
+            route.fulfill(status=404 if route.request.method == "GET" else 200, body="{}")
+        else:
+            route.fulfill(content_type=mimetypes.guess_type(file.name)[0] or "application/octet-stream", body=file.read_bytes())
+
+
+def is_error(message) -> bool:
+    """Whether a console message tells of a fault; that model files of the workflow are missing here is none."""
+    return message.type == "error" and not any(host in message.text for host in ("huggingface.co", "drive.google.com"))
+
+
+SAME_TYPES = "types => JSON.stringify(app.graph._nodes.map(n => n.type).sort()) === types"
+
+
+def types_of(path: Path) -> str:
+    """The types of a workflow's nodes, as ``SAME_TYPES`` compares them."""
+    return json.dumps(
+        sorted(node["type"] for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]), separators=(",", ":")
+    )
+
+
+def open_page(browser, address: str | None):
+    """A page with the frontend, ready: of the host at ``address``, or with recorded answers.
+
+    ``page.errors`` collects what its console says is wrong, ``page.received`` what the host sends.
+    """
+    page = browser.new_page(viewport={"width": 1800, "height": 900})
+    page.errors, page.received = [], []
+    page.on("websocket", lambda socket: socket.on("framereceived", lambda frame: page.received.append(frame)))
+    if address is None:
+        page.route("**/*", Recorded())
+        page.route_web_socket("**/*", lambda socket: socket.send(json.dumps(STATUS)))
+    page.on(
+        "console",
+        lambda message: page.errors.append(f"{message.text} {message.location['url']}") if is_error(message) else None,
+    )
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.goto(address or "http://localhost/")
+    page.wait_for_function(READY, timeout=WAIT)
+    page.wait_for_timeout(3000)
+    return page
+
+
+def drop(page, path: Path, text: str | None = None) -> None:
+    """Open a workflow as if its file, or ``text`` in its place, were dropped onto the page."""
+    page.errors.clear()
+    page.evaluate("app.graph.clear()")
+    page.evaluate(DROP, [text or path.read_text(encoding="utf-8"), path.name])
+    page.wait_for_function(SAME_TYPES, arg=types_of(path), timeout=WAIT)
+    page.wait_for_timeout(500)
+
+
+def run_in_page(page, host: Host, seconds: float = 600) -> Result:
+    """Queue what the page shows and wait for its end."""
+    before = set(host.get("/history"))
+    page.errors.clear()
+    page.received.clear()
+    page.evaluate("app.queuePrompt(0)")
+    deadline = time.monotonic() + seconds
+    while not (new := set(host.get("/history")) - before):
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(300)
+    result = host.wait(new.pop())
+    page.wait_for_timeout(500)
+    return result

@@ -1,0 +1,6 @@
+from collections.abc import Mapping
+
+from torch import Tensor
+
+def convert_diffusers_mmdit(state_dict: dict[str, Tensor], output_prefix: str = "") -> dict[str, Tensor] | None: ...
+def count_blocks(state_dict_keys: Mapping[str, Tensor], prefix_string: str) -> int: ...

@@ -1,0 +1,3 @@
+from typing import Any
+
+def create_model_options_clone(orig_model_options: dict[str, Any]) -> dict[str, Any]: ...

@@ -1,0 +1,6 @@
+from typing import Any
+
+from torch import Tensor
+
+def cast_bias_weight(s: Any, input: Tensor, *, offloadable: bool) -> tuple[Tensor, Tensor, Any]: ...
+def uncast_bias_weight(s: Any, weight: Tensor, bias: Tensor, offload_stream: Any) -> None: ...

@@ -1,0 +1,4 @@
+from . import io as io
+from . import ui as ui
+
+class ComfyExtension: ...

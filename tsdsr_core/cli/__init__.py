@@ -1,0 +1,7 @@
+"""The command line: ``command`` is the entry point; the other modules are one subcommand each, or shared by several.
+
+Each subcommand has ``add_arguments(parser)`` and ``run(options) -> exit code``.  ``benchmark`` belongs to ``bench``,
+``perceptual`` to ``evaluate`` (``tsdsr eval``), ``prepare`` to ``train``; ``arguments`` is shared.
+"""
+
+from .command import main as main

@@ -1,0 +1,158 @@
+"""Options that choose a model, device and memory limit, shared by the subcommands; loads the model they name."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError
+from ..sd3.models import DiffusersModel, load_builtin, load_folder, model_from_bundle
+from ..system.device import DEVICES, DTYPES, held_memory
+from ..weights.bundle import is_bundle, read_bundle
+from ..weights.lora import TRANSFORMER_FILE, VAE_FILE, Lora, load_lora
+from ..weights.prompt import TOKENS_FILE, PromptEmbeds, load_prompt
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, default_model: str | None) -> None:
+    """Add ``--model`` and the options for the official LoRAs and embeddings."""
+    parser.add_argument(
+        "--model",
+        default=default_model,
+        required=default_model is None,
+        metavar="builtin|BUNDLE|FOLDER",
+        help="the built-in model, a bundle (.safetensors) or an SD3 folder in diffusers' layout",
+    )
+    parser.add_argument(
+        "--lora-dir",
+        type=Path,
+        metavar="DIR",
+        help=f"with an SD3 folder: folder with {TRANSFORMER_FILE} and {VAE_FILE}, or a LoRA bundle",
+    )
+    parser.add_argument(
+        "--embedding-dir",
+        type=Path,
+        metavar="DIR",
+        help="with an SD3 folder: folder with prompt_embeds.pt and pool_embeds.pt, or a single file",
+    )
+    parser.add_argument("--lora-strength", type=float, default=1.0, help="strength of the transformer's LoRA")
+    parser.add_argument("--vae-lora-strength", type=float, default=1.0, help="strength of the VAE encoder's LoRA")
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dtype`` and ``--device``."""
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", *DTYPES], help="number type of the model; auto: fp16 on a GPU, else fp32"
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="|".join(DEVICES), help="device to run on, also one of several such as cuda:1"
+    )
+
+
+def add_memory_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--memory``."""
+    parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="GPU memory to plan for, weights included (default: all that is free)",
+    )
+
+
+def memory_limit(options: argparse.Namespace, device: torch.device) -> int | None:
+    """The limit given by ``--memory`` in bytes; None without the option.
+
+    Raises:
+        InputError: for an invalid number, or if the device is the CPU.
+    """
+    if options.memory is None:
+        return None
+    if not (math.isfinite(options.memory) and options.memory > 0):
+        raise InputError(f"--memory {options.memory:g}: expected a number of GB above 0, such as 8")
+    if device.type == "cpu":
+        raise InputError(f"--memory {options.memory:g} applies to GPUs only: omit it on the CPU")
+    return int(options.memory * 1e9)
+
+
+def limit_memory(model: DiffusersModel, limit: int | None, beside: int = 0) -> None:
+    """Limit ``model`` to ``limit`` bytes of its device.
+
+    Args:
+        beside: bytes on the device that belong to another model and do not count.
+
+    Raises:
+        InputError: if the weights alone exceed the limit.
+    """
+    if limit is None:
+        return
+    if limit <= (held := held_memory(model.device) - beside):
+        raise InputError(
+            f"--memory {limit / 1e9:g}: the weights alone take {held / 1e9:.1f} GB; allow more, or use "
+            "--dtype fp16 or a folded bundle"
+        )
+    model.memory_limit = limit + beside
+
+
+def load_model(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> DiffusersModel:
+    """Load the model that the options name.
+
+    Raises:
+        InputError: if it is missing, damaged or does not fit, with the option to change.
+    """
+    path = Path(options.model)
+    check_strengths(options)
+    if options.model == "builtin" or path.is_file():
+        if options.lora_dir or options.embedding_dir or has_strengths(options):
+            raise InputError(
+                f"--lora-dir, --embedding-dir and LoRA strengths need an SD3 folder as --model, not {options.model}"
+            )
+        if options.model == "builtin":
+            return load_builtin(device, dtype)
+        return model_from_bundle(read_bundle(path, "merged"), device, dtype)
+    if not path.is_dir():
+        raise InputError(f"--model {options.model} does not exist: expected builtin, a bundle file or an SD3 folder")
+    if options.lora_dir is None:
+        raise InputError("--model with an SD3 folder needs --lora-dir: the base model alone cannot restore images")
+    loras, prompt = load_loras_and_prompt(options.lora_dir, options.embedding_dir)
+    return load_folder(path, loras, prompt, device, dtype, options.lora_strength, options.vae_lora_strength)
+
+
+def check_strengths(options: argparse.Namespace) -> None:
+    """Raise ``InputError`` for a LoRA strength that is not a finite number."""
+    for name, value in (("--lora-strength", options.lora_strength), ("--vae-lora-strength", options.vae_lora_strength)):
+        if not math.isfinite(value):
+            raise InputError(f"{name} {value}: expected a finite number, such as 1")
+
+
+def has_strengths(options: argparse.Namespace) -> bool:
+    """Whether a LoRA strength other than 1 is given."""
+    return options.lora_strength != 1 or options.vae_lora_strength != 1
+
+
+def load_loras_and_prompt(lora_dir: Path, embedding_dir: Path | None) -> tuple[tuple[Lora, Lora], PromptEmbeds]:
+    """Load the two LoRAs and the embeddings from the official folders, or from a LoRA bundle.
+
+    Args:
+        lora_dir: folder of the LoRAs, or a LoRA bundle.
+        embedding_dir: folder or file of the embeddings; None if ``lora_dir`` has them.
+
+    Raises:
+        InputError: as ``load_model``.
+    """
+    if lora_dir.is_file():
+        if not is_bundle(lora_dir):
+            raise InputError(
+                f"--lora-dir {lora_dir}: expected a folder with {TRANSFORMER_FILE} and {VAE_FILE}, or a LoRA bundle"
+            )
+        bundle = read_bundle(lora_dir, "lora")
+        return bundle.loras(), bundle.prompt if embedding_dir is None else load_prompt(embedding_dir)
+    if not lora_dir.is_dir():
+        raise InputError(f"--lora-dir {lora_dir} does not exist")
+    if embedding_dir is None:
+        if not (lora_dir / TOKENS_FILE).is_file():
+            raise InputError(f"--embedding-dir is needed: {lora_dir} has no {TOKENS_FILE}")
+        embedding_dir = lora_dir
+    loras = load_lora(lora_dir / TRANSFORMER_FILE, "transformer"), load_lora(lora_dir / VAE_FILE, "vae")
+    return loras, load_prompt(embedding_dir)

@@ -1,0 +1,126 @@
+"""The command ``tsdsr``: finds and runs the subcommand, and turns errors into messages and exit codes.
+
+Exit codes: 0 done; 1 some inputs failed, memory ran out or a training diverged; 2 the command cannot be carried out as
+given; 130 interrupted.  A bug shows its traceback, with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import logging
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+from .. import __version__
+from ..errors import InputError, installation
+
+COMMANDS = {
+    "upscale": "restore and enlarge images",
+    "bundle": "make a bundle: one file with LoRAs and embeddings, or a whole merged model",
+    "info": "show what a LoRA, bundle, embedding or model folder is, and whether it fits",
+    "eval": "compare a folder of results, or of inputs, with references",
+    "bench": "measure time and memory against the published procedure",
+    "perceptual-weights": "make the weights file for LPIPS and DISTS",
+    "train": "train a one-step restorer; prepare data, export and evaluate",
+}
+_MODULES = {"eval": "evaluate", "perceptual-weights": "perceptual_weights"}
+"""Modules whose name differs from the command's."""
+_NO_TRAINING = "this copy does not include the training code (tsdsr_core/train): clone the repository with git and run it there"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as for standard error: file names may have any bytes
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tsdsr", description="One-step restoration and enlargement of photographs.")
+    parser.add_argument("--version", action="version", version=f"tsdsr {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        there = name != "train" or _has_training()
+        if not there and name in arguments[:1]:
+            print(f"tsdsr train: error: {_NO_TRAINING}", file=sys.stderr)
+            return 2
+        if not there:
+            continue
+        sub = subparsers.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        if name in arguments[:1]:  # importing other commands, with torch and diffusers, would take seconds
+            try:
+                command = importlib.import_module("." + _MODULES.get(name, name), __package__)
+            except ModuleNotFoundError as error:
+                extra = name if name in ("bench", "train") else "cli"
+                print(f"tsdsr {name}: error: {error.name} is not installed: {installation(extra)}", file=sys.stderr)
+                return 2
+            sub.description = command.__doc__
+            command.add_arguments(sub)
+            sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+            sub.set_defaults(run=command.run)
+            if name == "train":
+                arguments = [name, *command.with_subcommand(arguments[1:])]
+    options = parser.parse_args(arguments)
+    _quieten()
+    try:
+        return options.run(options)
+    except (InputError, OSError, FloatingPointError) as error:
+        _show_trace(options.debug)
+        print(f"tsdsr {options.command}: error: {_message(error)}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
+    except (RuntimeError, MemoryError) as error:
+        from ..system.atomic import reason  # here, where torch is imported already
+        from ..system.memory import is_out_of_memory
+
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+            raise
+        _show_trace(options.debug)
+        advice = getattr(options, "advice", "try another --device, or close programs")
+        print(f"tsdsr {options.command}: error: out of memory; {advice} ({reason(error)})", file=sys.stderr)
+        return 1
+
+
+def _show_trace(debug: bool) -> None:
+    """Print the traceback of the current error."""
+    if debug:
+        traceback.print_exc()
+
+
+class _Escaping(logging.Formatter):
+    """Escapes control characters, which file names may contain, except line ends."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from ..system.atomic import one_line
+
+        return "\n".join(one_line(line) for line in super().format(record).split("\n"))
+
+
+def _quieten() -> None:
+    """Send the log to standard error, without messages of image libraries about damage: our own messages name the file."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Escaping("%(message)s"))
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _message(error: Exception) -> str:
+    """The message of an error on one line."""
+    from ..system.atomic import one_line, reason
+
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return one_line(f"{error.filename}: {reason(error)}")
+    return one_line(str(error))
+
+
+def _has_training() -> bool:
+    """Whether the training code is installed: ComfyUI's registry delivers the pack without it."""
+    return Path(__file__).parents[1].joinpath("train", "trainers.py").is_file()

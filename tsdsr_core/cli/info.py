@@ -1,0 +1,131 @@
+"""show what a LoRA, bundle, embedding or model folder is, and whether it fits SD3 medium"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..sd3.config import POOLED_SHAPE, TOKENS_SHAPE, model_shapes
+from ..sd3.folder import check_folder, folder_shapes
+from ..sd3.models import model_from_bundle
+from ..weights import float8
+from ..weights.bundle import is_bundle, read_bundle
+from ..weights.lora import TRANSFORMER_FILE, VAE_FILE, Lora, check_fit, load_lora
+from ..weights.prompt import POOLED_FILE, POOLED_KEY, TOKENS_FILE, TOKENS_KEY, PromptEmbeds, load_prompt
+from ..weights.reading import PICKLED, open_tensors
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tsdsr info``."""
+    parser.add_argument("file", type=Path, metavar="FILE", help="file or folder to inspect")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="check a LoRA against this SD3 folder, not SD3 medium")
+    parser.add_argument("--json", action="store_true", help="report as one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run ``tsdsr info``; the exit code is 1 if the file does not fit."""
+    facts = describe(options.file, options.model)
+    if options.json:
+        print(json.dumps(facts))
+    else:
+        for name, value in facts.items():
+            text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            print(f"{name:12} {text}")
+    return int(facts.get("fits") is False)
+
+
+def describe(path: Path, model: Path | None) -> dict[str, Any]:
+    """Describe ``path`` as an ordered mapping, to print or to report as JSON.
+
+    Raises:
+        InputError: for a missing, damaged or unknown file.
+    """
+    if path.is_dir():
+        return _folder(path, model)
+    if is_bundle(path):
+        return _bundle(path, model)
+    if path.is_file() and (path.suffix.lower() == PICKLED or _is_prompt(path)):
+        return _prompt(load_prompt(path))
+    return _loras([load_lora(path)], model)
+
+
+def _folder(path: Path, model: Path | None) -> dict[str, Any]:
+    parts = [part for part in ("transformer", "vae") if (path / part / "config.json").is_file()]
+    if parts:
+        return _model_folder(path, parts)
+    files = {"transformer": path / TRANSFORMER_FILE, "vae": path / VAE_FILE}
+    loras = [load_lora(file, part) for part, file in files.items()] if any(f.is_file() for f in files.values()) else []
+    facts = _loras(loras, model) if loras else {}
+    if (path / TOKENS_FILE).is_file():
+        prompt = _prompt(load_prompt(path))
+        if not loras:
+            return prompt
+        facts["embeddings"] = prompt["tokens"]
+        facts["fits"] = facts["fits"] and prompt["fits"]
+    if not facts:
+        raise InputError(
+            f"{path} is not a known kind of folder: expected transformer/ and vae/ (SD3 in diffusers' layout), "
+            f"{TRANSFORMER_FILE} and {VAE_FILE} (LoRAs), or {TOKENS_FILE} and {POOLED_FILE} (embeddings)"
+        )
+    return facts
+
+
+def _model_folder(path: Path, parts: list[str]) -> dict[str, Any]:
+    facts: dict[str, Any] = {"kind": "model folder in diffusers' layout", "parts": ", ".join(parts)}
+    shapes = {part: folder_shapes(path, part) for part in parts}
+    for part in parts:
+        facts[part] = f"{len(shapes[part])} weight matrices"
+    for part in parts:
+        check_folder(path, part)
+    facts["fits"] = len(parts) == 2 and all(shapes[part] == model_shapes(part) for part in parts)
+    facts["checked"] = "the weight files are complete; shapes against SD3 medium"
+    return facts
+
+
+def _loras(loras: list[Lora], model: Path | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {"kind": "LoRA for the " + " and the ".join(lora.target for lora in loras)}
+    facts["fits"] = True
+    facts["checked"] = f"against {model or 'SD3 medium'}"
+    for lora in loras:
+        ranks = sorted({pair.rank for pair in lora.pairs.values()})
+        facts[lora.target] = f"{len(lora.pairs)} modules of rank {', '.join(map(str, ranks))}"
+        try:
+            check_fit(lora, folder_shapes(model, lora.target) if model else model_shapes(lora.target))
+        except InputError as error:
+            facts["fits"] = False
+            facts[f"{lora.target} misfit"] = str(error)
+    return facts
+
+
+def _bundle(path: Path, model: Path | None) -> dict[str, Any]:
+    bundle = read_bundle(path)
+    stored = {**bundle.transformer, **bundle.vae}
+    count = sum(tensor.numel() for key, tensor in stored.items() if not key.endswith(float8.SCALE))
+    facts: dict[str, Any] = {"kind": f"{bundle.kind} bundle"}
+    if bundle.kind == "lora":
+        facts |= {name: value for name, value in _loras(list(bundle.loras()), model).items() if name != "kind"}
+    else:
+        model_from_bundle(bundle, torch.device("cpu"), torch.float32)  # raises if weights do not match the configuration
+        facts["fits"] = True
+        facts["checked"] = "weights against the stored configuration"
+        if bundle.eight_bit:
+            facts["weights"] = "8-bit (float8_e4m3fn) in the transformer's attention and feed-forward layers"
+    facts |= {"parameters": count, "size": f"{path.stat().st_size / 1e6:.1f} MB"}
+    facts |= {"tokens": tuple(bundle.prompt.tokens.shape), "pooled": tuple(bundle.prompt.pooled.shape)}
+    return facts | {"defaults": dict(bundle.defaults), "notes": dict(bundle.notes)}
+
+
+def _prompt(prompt: PromptEmbeds) -> dict[str, Any]:
+    tokens, pooled = tuple(prompt.tokens.shape), tuple(prompt.pooled.shape)
+    fits = tokens[2] == TOKENS_SHAPE[2] and pooled == POOLED_SHAPE
+    return {"kind": "prompt embeddings", "tokens": tokens, "pooled": pooled, "fits": fits, "checked": "against SD3 medium"}
+
+
+def _is_prompt(path: Path) -> bool:
+    with open_tensors(path) as file:
+        return set(file.keys()) == {TOKENS_KEY, POOLED_KEY}

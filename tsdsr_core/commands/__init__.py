@@ -1,1 +1,0 @@
-"""One module per subcommand of ``tsdsr``: ``add_arguments(parser)`` and ``run(options) -> exit code``."""

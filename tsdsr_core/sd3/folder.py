@@ -1,0 +1,170 @@
+"""SD3 folders in diffusers' layout: finds, checks and loads the weight files of the transformer and the VAE."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch import Tensor
+
+from ..checks import some
+from ..errors import InputError
+from ..weights.bundle_header import check_config_numbers
+from ..weights.lora import weight_shapes
+from ..weights.reading import check_types, check_weights, is_finite, load_pickle, parse_json, read_tensors
+
+CLASSES = {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}
+_STEM = "diffusion_pytorch_model"
+_VARIANTS = ("", "fp32", "fp16", "bf16")
+"""Variants of the weights in order of preference, before any other."""
+
+
+class _StrayIndexError(InputError):
+    """An index file, all of whose weight files are missing."""
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weight files of a part."""
+
+    files: tuple[Path, ...]
+    variant: str
+    """diffusers' name of the variant; "" for the default one."""
+    safetensors: bool
+    """False for PyTorch's ``.bin`` files."""
+
+
+def find_weights(folder: Path) -> WeightFiles:
+    """Find the weight files of one part; prefers safetensors to ``.bin``, and default weights to a variant such as fp16.
+
+    An index file without any of its weight files is ignored if there are other weights.
+
+    Raises:
+        InputError: if there are no weights, or some files of an index are missing.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    strays: list[InputError] = []
+    for suffix in ("safetensors", "bin"):
+        found: dict[str, Path] = {}
+        for name in names:
+            if match := re.fullmatch(rf"{_STEM}(?:\.([\w-]+))?\.{suffix}", name):
+                if "-of-" not in name:  # a shard
+                    found.setdefault(match[1] or "", folder / name)
+            elif match := re.fullmatch(rf"{_STEM}\.{suffix}(?:\.(\w+))?\.index(?:\.(\w+))?\.json", name):
+                found[match[1] or match[2] or ""] = folder / name  # preferred to a single file, as in diffusers
+        for variant in sorted(found, key=_preference):
+            try:
+                files = _shards(found[variant]) if found[variant].suffix == ".json" else (found[variant],)
+            except _StrayIndexError as error:
+                strays.append(error)
+            else:
+                return WeightFiles(files, variant, suffix == "safetensors")
+    if strays:
+        raise strays[0]
+    raise InputError(f"{folder} has no weights: expected {_STEM}.safetensors, a variant of it, or {_STEM}.bin")
+
+
+def _preference(variant: str) -> tuple[int, str]:
+    return _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS), variant
+
+
+def folder_shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
+    """Weight shapes of an SD3 folder's "transformer" or "vae" by module name, from its configuration; no weight is read."""
+    return weight_shapes(_empty_model(path, part))
+
+
+def check_folder(path: Path, part: str) -> None:
+    """Raise ``InputError`` unless the weight files of an SD3 folder's part match its configuration."""
+    expected = {name: tuple(tensor.shape) for name, tensor in _empty_model(path, part).state_dict().items()}
+    found = {}
+    for file, tensors in _read(find_weights(path / part)):
+        check_weights(file, tensors)
+        found |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise InputError(f"{path / part}: weights that are missing, unexpected or of other shapes: {some(wrong)}")
+
+
+def load_part(path: Path, part: str, dtype: torch.dtype) -> Any:
+    """Load the "transformer" or "vae" of an SD3 folder in ``dtype``.
+
+    Raises:
+        InputError: if it is missing, damaged or of another model family, or has weights that exceed the range of ``dtype``.
+    """
+    _read_config(path, part)
+    weights = find_weights(path / part)
+    try:
+        for file, tensors in _read(weights):
+            check_types(file, tensors)
+        model, report = CLASSES[part].from_pretrained(
+            path / part, torch_dtype=dtype, local_files_only=True, output_loading_info=True,
+            variant=weights.variant or None, use_safetensors=weights.safetensors,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, TypeError, ArithmeticError, LookupError) as error:
+        raise InputError(f"{path / part} cannot be loaded: {str(error).strip()}") from error
+    wrong = [f"{name} ({kind})" for kind in ("missing", "unexpected") for name in report[f"{kind}_keys"]]
+    if wrong:
+        raise InputError(f"{path / part} does not match its configuration in {len(wrong)} weights: {some(wrong)}")
+    beyond = [name for name, tensor in model.state_dict().items() if not is_finite(tensor)]
+    if beyond:  # overflow of dtype, or damage: only now are the values read again
+        for file, tensors in _read(weights):
+            check_weights(file, tensors)
+        raise InputError(f"{path / part} has weights that exceed the range of {dtype} in {some(beyond)}: choose bf16 or fp32")
+    return model
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        names = parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = tuple(index.with_name(name) for name in sorted(set(names)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _StrayIndexError(f"{index} is not a valid index of weight files: download it again") from error
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        kind = _StrayIndexError if len(missing) == len(files) else InputError
+        raise kind(f"{index} lists missing files: {some(missing)}; download them, or remove the index")
+    return files
+
+
+def _read(weights: WeightFiles) -> Iterator[tuple[Path, dict[str, Tensor]]]:
+    """Each file with its tensors; those of a safetensors file stay on disk until they are used."""
+    for file in weights.files:
+        if weights.safetensors:
+            yield file, read_tensors(file)[0]
+            continue
+        tensors = load_pickle(file)
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise InputError(f"{file} does not hold weights: expected tensors by name")
+        yield file, tensors
+
+
+def _empty_model(path: Path, part: str) -> Any:
+    """A model without weights, on the meta device, from a folder's configuration."""
+    config = _read_config(path, part)
+    try:
+        with torch.device("meta"):
+            return CLASSES[part].from_config(config)
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise InputError(f"{path / part / 'config.json'} is invalid: {error}") from error
+
+
+def _read_config(path: Path, part: str) -> dict[str, Any]:
+    file, expected = path / part / "config.json", CLASSES[part].__name__
+    try:
+        config = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not an SD3 folder in diffusers' layout: {file}: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{file} is not a configuration: expected that of {expected}")
+    if config.get("_class_name") != expected:
+        raise InputError(f"{file} is for a {config.get('_class_name')}: expected {expected}, as in SD3 medium")
+    try:
+        check_config_numbers(part, config, required=False)
+    except ValueError as error:
+        raise InputError(f"{file} is invalid: {error}") from error
+    return config

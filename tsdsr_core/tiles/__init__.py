@@ -1,0 +1,1 @@
+"""Tiles of latents for the transformer: their positions (``plan``), blending (``blend``) and number at once (``memory``)."""

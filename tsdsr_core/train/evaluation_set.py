@@ -1,0 +1,70 @@
+"""The fixed evaluation set: centre crops of photographs and their degraded inputs, the same on every run."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..images.files import Picture, read_header, read_picture, write_picture
+from ..images.jobs import collect
+from .data.degradations import degrade
+
+SIDE = 512
+SCALE = 4
+
+
+def make_evaluation_set(photos: Path, out: Path, presets: Sequence[str]) -> None:
+    """Write ``out/hq/NAME.png`` (512x512) and, for each preset, ``out/lq-PRESET/NAME.png`` (128x128).
+
+    Args:
+        photos: folder of images of at least 512x512 pixels.
+        presets: names of degradations (``degradations.PRESET_NAMES``).
+
+    Raises:
+        InputError: for a folder without images, an image that is too small, or two images of the same name; nothing is
+            written then. Also for files that are not images or are damaged; all others are written first.
+    """
+    paths = collect([str(photos)]).paths
+    failed: list[str] = []
+    for path in _checked(paths, failed):
+        try:
+            high = centre_crop(read_picture(path).rgb[0])
+        except InputError as error:
+            failed.append(str(error))
+            continue
+        write_picture(out / "hq" / f"{path.stem}.png", Picture(high[None]))
+        for preset in presets:
+            seed = zlib.crc32(f"{path.stem} {preset}".encode())  # by name, so that adding an image does not change the others
+            low = degrade(high, SCALE, preset, torch.Generator().manual_seed(seed))
+            write_picture(out / f"lq-{preset}" / f"{path.stem}.png", Picture(low[None]))
+    if failed:
+        raise InputError(f"{len(failed)} of {len(paths)} images are left out of the evaluation set: {'; '.join(failed)}")
+
+
+def _checked(paths: Sequence[Path], failed: list[str]) -> list[Path]:
+    """The images among ``paths``, by their headers; adds the errors of the others to ``failed``."""
+    taken: dict[str, Path] = {}
+    for path in paths:
+        try:
+            header = read_header(path)
+        except InputError as error:
+            failed.append(str(error))
+            continue
+        if min(header.height, header.width) < SIDE:
+            raise InputError(
+                f"{path} has {header.width}x{header.height} pixels: an evaluation set needs at least {SIDE}x{SIDE}"
+            )
+        if (other := taken.setdefault(path.stem, path)) != path:
+            raise InputError(f"{other} and {path} have the same name: rename or remove one of them")
+    return list(taken.values())
+
+
+def centre_crop(image: Tensor) -> Tensor:
+    """The centre ``(3, 512, 512)`` of an image ``(3, H, W)``."""
+    top, left = (image.shape[1] - SIDE) // 2, (image.shape[2] - SIDE) // 2
+    return image[:, top : top + SIDE, left : left + SIDE]

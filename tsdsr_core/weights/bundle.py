@@ -1,0 +1,171 @@
+"""Bundles: a restorer in one safetensors file, with LoRAs or merged weights, prompt embeddings and JSON metadata.
+
+The format has version 1, or 2 with a folded transformer, or 3 with 8-bit weights.  The metadata entry ``tsdsr_bundle``
+holds JSON: ``version``, ``kind``, ``defaults`` (recommended options), ``notes`` and, for merged weights,
+``transformer_config`` and ``vae_config`` in diffusers' terms; optionally ``preview`` (colours of latent channels),
+``folded`` and ``eight_bit``.  Tensors: ``prompt_embeds``, ``pooled_prompt_embeds`` and, depending on the kind,
+
+- ``lora``: ``transformer.<module>.lora_A.weight`` ... and ``vae.<module>.lora_A.weight`` ...; needs a base model;
+- ``merged``: ``transformer.<weight>`` and ``vae.<weight>`` in diffusers' layout, with ``transformer.<weight>_scale`` for each
+  8-bit weight; needs nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..system.atomic import write_tensors
+from . import float8
+from .bundle_header import FLAGS, METADATA_KEY, PARTS, WRONG_KIND, is_bundle, read_description
+from .lora import Lora, load_lora, parse_lora
+from .prompt import POOLED_KEY, TOKENS_KEY, PromptEmbeds
+from .reading import check_weights, is_finite, open_tensors
+
+BUILTIN = Path(__file__).parents[1] / "assets" / "builtin.safetensors"
+"""The small model that ships with the package."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle in memory."""
+
+    kind: str
+    """ "lora" or "merged"."""
+    prompt: PromptEmbeds
+    transformer: Mapping[str, Tensor]
+    """LoRA factors or weights by key, without the prefix ``transformer.``."""
+    vae: Mapping[str, Tensor]
+    """The same for the VAE, without the prefix ``vae.``."""
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Configurations "transformer" and "vae" of merged weights."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Recommended options: ``process_size`` and ``wavelet_levels``."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Free text: source, licence, how it was made."""
+    preview: Sequence[Sequence[float]] = ()
+    """Linear map from latents to preview colours: red, green and blue in -1..1 for each unscaled latent channel, and the bias;
+    empty for SD3's VAE."""
+    folded: bool = False
+    """Whether the transformer is folded (``sd3.fold``), so that it works with this prompt only."""
+    eight_bit: bool = False
+    """Whether the transformer's matrices are stored in 8 bits (``float8.quantise``)."""
+
+    def loras(self) -> tuple[Lora, Lora]:
+        """The transformer's and the VAE's LoRA of a ``lora`` bundle.
+
+        Raises:
+            InputError: for a merged bundle.
+        """
+        if self.kind != "lora":
+            raise InputError(WRONG_KIND["lora"])
+        return parse_lora(self.transformer), parse_lora(self.vae)
+
+
+def bundle_path(text: str) -> Path:
+    """The path that a user gives, or that of the built-in model for "builtin"."""
+    return BUILTIN if text == "builtin" else Path(text)
+
+
+def find_lora(path: Path, target: str) -> Lora:
+    """Load the LoRA for "transformer" or "vae" from its own file, or from a LoRA bundle without reading the rest of it.
+
+    Raises:
+        InputError: as ``lora.load_lora`` and ``read_bundle``.
+    """
+    if not is_bundle(path):
+        return load_lora(path, target)
+    read_description(path, "lora")
+    tensors = _read(path, target)[target]
+    try:
+        return parse_lora(tensors)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def vae_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """An autoencoder's weights in the type in which a bundle of type ``dtype`` stores them.
+
+    Instead of bf16, which has too few digits for the small change made by the encoder LoRA, it is fp16; if a weight exceeds
+    the range of fp16, it is fp32.
+    """
+    narrow = torch.float16 if dtype == torch.bfloat16 else dtype
+    stored = {name: weight.to(narrow) for name, weight in weights.items()}
+    if all(map(is_finite, stored.values())):
+        return stored
+    return {name: weight.to(torch.float32) for name, weight in weights.items()}
+
+
+def write_bundle(path: Path, bundle: Bundle) -> None:
+    """Write a bundle, all or nothing.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    description = {
+        "version": 3 if bundle.eight_bit else 2 if bundle.folded else 1,
+        "kind": bundle.kind,
+        "defaults": dict(bundle.defaults),
+        "notes": dict(bundle.notes),
+    }
+    description.update({f"{part}_config": dict(config) for part, config in bundle.configs.items()})
+    description.update({name: True for name in FLAGS if getattr(bundle, name)})
+    if bundle.preview:
+        description["preview"] = [list(row) for row in bundle.preview]
+    tensors = {TOKENS_KEY: bundle.prompt.tokens, POOLED_KEY: bundle.prompt.pooled}
+    tensors.update({f"transformer.{key}": tensor for key, tensor in bundle.transformer.items()})
+    tensors.update({f"vae.{key}": tensor for key, tensor in bundle.vae.items()})
+    write_tensors(path, tensors, {METADATA_KEY: json.dumps(description, sort_keys=True)})
+
+
+def read_bundle(path: Path, kind: str | None = None) -> Bundle:
+    """Read a bundle to the CPU; nothing in the file is executed.
+
+    Args:
+        kind: "lora" or "merged" to accept only that kind; the tensors of the other are not read.
+
+    Raises:
+        InputError: for a missing, damaged or unknown file, a newer version, invalid metadata, NaN or infinite values, or the
+            wrong kind; the message names the file.
+    """
+    description = read_description(path, kind)
+    groups = _read(path)
+    try:
+        prompt = PromptEmbeds(groups[TOKENS_KEY][""], groups[POOLED_KEY][""])
+        if description.get("eight_bit"):
+            float8.check_scales(groups["transformer"])
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    configs = {part: description[f"{part}_config"] for part in PARTS} if description["kind"] == "merged" else {}
+    return Bundle(
+        description["kind"],
+        prompt,
+        groups["transformer"],
+        groups["vae"],
+        configs,
+        description["defaults"],
+        description["notes"],
+        description.get("preview", ()),
+        description.get("folded", False),
+        description.get("eight_bit", False),
+    )
+
+
+def _read(path: Path, part: str | None = None) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a bundle, or of one part, as ``{first part of the key: {rest of the key: tensor}}``."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    with open_tensors(path) as file:
+        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            first, _, rest = key.partition(".")
+            if part in (None, first):
+                groups.setdefault(first, {})[rest] = file.get_tensor(key)
+    for first, tensors in groups.items():
+        check_weights(path, {rest or first: tensor for rest, tensor in tensors.items()})
+    return groups

@@ -63,7 +63,7 @@ def test_progress_counts_frames(host):
     values = [value for value, most in told["progress"] if most == largest]
     assert values == sorted(values)
     assert values[-1] == largest
-    assert len(values) > 3
+    assert values[0] < largest, "something was told before the end; the host leaves out what comes within 0.1 s"
 
 
 def test_a_cancelled_clip_ends_between_frames_and_leaves_nothing_to_the_next(host):

@@ -371,8 +371,9 @@ def test_missing_captions_are_one_error(published, photos, tmp_path, monkeypatch
         run(photos, "-o", tmp_path / "out", "--base", published.sd3, "--captions")
     assert not (tmp_path / "out").exists()
     monkeypatch.chdir(tmp_path)  # a message lists fewer names if they are long
+    many = [Path(f"{index}.png") for index in range(9)]
     with pytest.raises(ValueError, match=r"9 of 9 captions .*7\.txt and 1 more;") as caught:
-        read_captions([Path(f"{index}.png") for index in range(9)], None)
+        read_captions(many, None)
     assert "8.txt" not in str(caught.value)
     (tmp_path / "0.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match=r"0\.txt is not UTF-8"):

@@ -16,6 +16,7 @@ from tsdsr_core.train.data.batch import Batch
 from tsdsr_core.train.networks import preview, small_model
 from tsdsr_core.train.networks.build import Sources, build_networks
 from tsdsr_core.train.networks.roles import STUDENT, TEACHER
+from tsdsr_core.train.objectives.flat import flat_error
 from tsdsr_core.train.objectives.grid import periodic_error
 from tsdsr_core.train.trainers import PretrainTrainer, restored_latent, sharpened
 from tsdsr_core.weights.bundle import BUILTIN, read_bundle, write_bundle
@@ -259,15 +260,16 @@ def test_the_perceptual_term_compares_random_places_after_the_colour_fix(crop, s
     assert "perceptual" not in PretrainTrainer(trainer.networks, CONFIG).accumulate(batch, 0, totals.append), "off by default"
 
 
-def test_the_grid_term_counts_by_its_weight_and_with_the_guide(trainer):
+def test_the_grid_and_flat_terms_count_by_their_weights_and_with_the_guide(trainer):
     batch = pairs(2)
-    trainer.settings = settings = replace(CONFIG.pretrain, reconstruction_share=0.0, grid_weight=2.0)
+    trainer.settings = settings = replace(CONFIG.pretrain, reconstruction_share=0.0, grid_weight=2.0, flat_weight=3.0)
     fixed = wavelet(decoded(trainer, batch.low), batch.low, settings.wavelet_levels)
     for guide, aim in ((None, batch.high), (batch.low, batch.low)):
-        found = trainer.accumulate(replace(batch, guide=guide), 0, lambda loss: None)["grid"].item()
-        assert found == pytest.approx(2 * periodic_error(fixed, aim).item(), rel=1e-3)
-    trainer.settings = replace(settings, grid_weight=0.0)
-    assert "grid" not in trainer.accumulate(batch, 0, lambda loss: None)
+        found = trainer.accumulate(replace(batch, guide=guide), 0, lambda loss: None)
+        assert found["grid"].item() == pytest.approx(2 * periodic_error(fixed, aim).item(), rel=1e-3)
+        assert found["flat"].item() == pytest.approx(3 * flat_error(fixed, aim, batch.high).item(), rel=1e-3)
+    trainer.settings = replace(settings, grid_weight=0.0, flat_weight=0.0)
+    assert not {"grid", "flat"} & set(trainer.accumulate(batch, 0, lambda loss: None))
 
 
 def test_bf16_trains_the_autoencoder_in_16_bit_too_and_takes_the_loss_in_32(trainer):

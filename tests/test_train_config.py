@@ -54,6 +54,7 @@ from tsdsr_core.train.config_file import from_dict, read_config
             "[pretrain]\nperceptual_weight = 1.0\nperceptual_crop = 49",
             r"pretrain.perceptual_crop = 49: expected 0, or 32 to 48 \(data.crop less 16\)",
         ),
+        ("[pretrain]\nflat_weight = -1.0", "pretrain.flat_weight = -1.0: expected a number of at least 0"),
         ("[pretrain]\ngrid_weight = -1.0", "pretrain.grid_weight = -1.0: expected a number of at least 0"),
         ("steps =", "cannot be read as a TOML file"),
     ],

@@ -140,16 +140,20 @@ def flat_noise(image: Tensor, reference: Tensor) -> Tensor:
         InputError: for different shapes.
     """
     _check_shapes(image, reference)
-    values, smooth = grey(image), _blurred(grey(reference), _GRAIN_SIGMA)
-    padded = F.pad(smooth, (_FLAT_WINDOW // 2,) * 4, mode="reflect")
-    mean, square = (F.avg_pool2d(x, _FLAT_WINDOW, stride=1) for x in (padded, padded**2))
-    flat = (square - mean**2).clamp(min=0).sqrt() < _FLAT_DEVIATION
+    values, flat = grey(image), flat_areas(reference)
     counts = flat.sum((1, 2, 3))
-    power = ((values - _blurred(values, _FINE_SIGMA)).square() * flat).sum((1, 2, 3)) / counts
+    power = ((values - blurred(values, _FINE_SIGMA)).square() * flat).sum((1, 2, 3)) / counts
     return torch.where(counts >= _MIN_FLAT * flat[0].numel(), power.sqrt(), torch.nan)
 
 
-def _blurred(values: Tensor, sigma: float) -> Tensor:
+def flat_areas(reference: Tensor) -> Tensor:
+    """Where an image ``(B, 3, H, W)`` in 0..1 is flat, as ``flat_noise`` defines it: booleans ``(B, 1, H, W)``."""
+    padded = F.pad(blurred(grey(reference), _GRAIN_SIGMA), (_FLAT_WINDOW // 2,) * 4, mode="reflect")
+    mean, square = (F.avg_pool2d(x, _FLAT_WINDOW, stride=1) for x in (padded, padded**2))
+    return (square - mean**2).clamp(min=0).sqrt() < _FLAT_DEVIATION
+
+
+def blurred(values: Tensor, sigma: float) -> Tensor:
     """``(B, 1, H, W)`` filtered by a Gaussian with a radius of four sigma; borders are reflected."""
     radius = round(4 * sigma)
     return _smooth(F.pad(values, (radius,) * 4, mode="reflect"), 2 * radius + 1, sigma)

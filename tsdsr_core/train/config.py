@@ -143,6 +143,8 @@ class PretrainSettings:
     """Side in pixels of the random part of each crop that the perceptual distance sees, to save time; 0: all but 16 pixels."""
     grid_weight: float = 0.0
     """Weight of the penalty on errors that repeat with the model's own grid (``objectives.grid``)."""
+    flat_weight: float = 0.0
+    """Weight of the penalty on fine texture in flat areas (``objectives.flat``)."""
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,8 @@ _NOT_NEGATIVE = (
     "data.workers", "model.layers_per_block", "objective.later_weight", "objective.guidance", "objective.distribution_weight",
     "objective.latent_weight", "objective.pixel_weight", "objective.perceptual_weight", "objective.perceptual_weight_end",
     "objective.wavelet_levels", "pretrain.raw_weight", "pretrain.coarse_weight", "pretrain.sharpening",
-    "pretrain.latent_weight", "pretrain.perceptual_weight", "pretrain.grid_weight", "optimiser.weight_decay",
-    "optimiser.warmup_steps", "optimiser.decay_steps",
+    "pretrain.latent_weight", "pretrain.perceptual_weight", "pretrain.grid_weight", "pretrain.flat_weight",
+    "optimiser.weight_decay", "optimiser.warmup_steps", "optimiser.decay_steps",
 )  # fmt: skip
 
 

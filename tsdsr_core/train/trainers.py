@@ -19,6 +19,7 @@ from .data.batch import Batch
 from .data.randomness import generator_for
 from .networks.roles import FAKE, STUDENT, TEACHER, Condition, Networks
 from .objectives import losses
+from .objectives.flat import flat_error
 from .objectives.grid import periodic_error
 from .objectives.perceptual import STRIDE, Distance, distance
 
@@ -208,9 +209,11 @@ class PretrainTrainer:
             shifts = batch.shifts(less)
             shown, real = (losses.cut(pixels, shifts, less) for pixels in (fixed, batch.high))
             parts["perceptual"] = self.settings.perceptual_weight * self.distance(shown, real)
+        aim = batch.high if batch.guide is None else torch.where(kept, batch.high, batch.guide)
         if self.settings.grid_weight:
-            aim = batch.high if batch.guide is None else torch.where(kept, batch.high, batch.guide)
             parts["grid"] = self.settings.grid_weight * periodic_error(fixed, aim)
+        if self.settings.flat_weight:
+            parts["flat"] = self.settings.flat_weight * flat_error(fixed, aim, batch.high)
         backward(torch.stack(list(parts.values())).sum())
         return {name: value.detach() for name, value in parts.items()}
 

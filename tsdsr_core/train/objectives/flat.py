@@ -15,7 +15,8 @@ def flat_error(image: Tensor, aim: Tensor, photograph: Tensor) -> Tensor:
 
     A perceptual distance takes the grain of a photograph for texture, and a restorer that is trained with it weaves a fine
     pattern into skies and walls, where it is seen at once.  With the Gaussian ``G`` of sigma 1.5 and the flat areas ``M`` of
-    ``metrics.fidelity.flat_noise``, the result is the mean of ``|(x - G*x) - (y - G*y)|`` over ``M``, of image ``x`` and aim ``y``.
+    ``metrics.fidelity.flat_noise``, the result is the mean of ``|(x - G*x) - (y - G*y)|`` over ``M``, for the image ``x`` and
+    the aim ``y``.
 
     Args:
         image, aim, photograph: ``(B, C, H, W)`` in 0..1, of equal shape, sides of at least 7 pixels. The photograph says

@@ -7,12 +7,12 @@ import torch
 
 from tsdsr_core.cli import main
 
-from . import frontend
-from . import host as host_module
-from .host import Host
-from .host_graphs import SD3, make_sd3
-from .perceptual_files import Packages, make_packages
-from .tiny import Published, make_published, photo
+from .comfyui import frontend
+from .comfyui import host as host_module
+from .comfyui.graphs import SD3, make_sd3
+from .comfyui.host import Host
+from .support.perceptual_files import Packages, make_packages
+from .support.tiny import Published, make_published, photo
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,257 @@
+"""The command line on files as people have them: odd names, damage, foreign files, and outputs that cannot be."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tsdsr_core.cli import command as cli
+from tsdsr_core.cli import main
+from tsdsr_core.cli import upscale as upscale_command
+from tsdsr_core.errors import installation
+from tsdsr_core.images.files import Picture, read_picture, write_picture
+from tsdsr_core.images.jobs import collect, plan_jobs
+from tsdsr_core.train.config_file import read_config
+from tsdsr_core.train.evaluation_set import make_evaluation_set
+from tsdsr_core.train.networks.text import read_captions
+
+from ..support.tiny import photo
+
+ROOT = Path(__file__).parents[2]
+ODD = {
+    "emoji 🙂.png": "emoji \\U0001f642.png", "line\nend.png": "line\\nend.png", os.fsdecode(b"raw \xff.png"): "raw \\udcff.png",
+    os.fsdecode(b"raw \xfe.tif"): "raw \\udcfe.tif", "-dash.png": "-dash.png", "x" * 251 + ".png": "x" * 251 + ".png",
+    "\x1b[2Jclear.png": "\\x1b[2Jclear.png",
+}  # fmt: skip
+"""Names, and how they are shown where standard output is cp1252."""
+
+
+def upscale(*arguments) -> int:
+    return main(["upscale", "--scale", "1", *map(str, arguments)])
+
+
+def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, timeout=240)
+
+
+@pytest.fixture
+def odd(tmp_path) -> Path:
+    """A folder of good images of odd names, 8 and 16 bits."""
+    for number, name in enumerate(ODD):
+        write_picture(tmp_path / "in" / name, Picture(photo(8, 8, number), deep="raw" in name))
+    return tmp_path / "in"
+
+
+@pytest.mark.linux
+def test_names_that_the_output_cannot_encode_are_shown_escaped(odd, tmp_path):
+    (odd / os.fsdecode(b"bad \xfd.png")).write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    out = tmp_path / "out"
+    done = run("-m", "tsdsr_core", "upscale", str(odd), "-o", str(out), "--scale", "1", PYTHONIOENCODING="cp1252")
+    assert done.returncode == 1, "for the damaged one"
+    shown = sorted(line.removeprefix(f"{out}/").partition("  8x")[0] for line in done.stdout.decode("cp1252").splitlines())
+    assert shown == sorted(ODD.values()), "one line for each"
+    (error,) = done.stderr.decode("cp1252").splitlines()
+    assert "bad \\udcfd.png cannot be read as an image" in error
+    assert sorted(path.name for path in out.iterdir()) == sorted(ODD)
+    assert all(read_picture(path).deep == ("raw" in path.name) for path in out.iterdir())
+    shutil.rmtree(out)
+    (odd / os.fsdecode(b"bad \xfd.png")).unlink()
+    done = run("-m", "tsdsr_core", "upscale", str(odd), "-o", str(out), "--scale", "1", "--json", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"")
+    files = json.loads(done.stdout)["files"]
+    assert {Path(file["output"]).name for file in files} == set(ODD)
+
+
+@pytest.mark.posix
+def test_the_batch_goes_on_and_says_what_was_left_out_and_what_failed(tmp_path, capsys):
+    folder = tmp_path / "in"
+    for number in range(2):
+        write_picture(folder / f"{number}.png", Picture(photo(8, 8, number)))
+    whole = (folder / "0.png").read_bytes()
+    bad = {
+        "cut.png": whole[: len(whole) // 2], "empty.jpg": b"", "text.tif": b"hello", "page.webp": b"<!DOCTYPE html><html>",
+        "bomb.bmp": b"BM" + bytes(16) + b"\x28\0\0\0" + b"\xff\xff\xff\x0f" * 2 + b"\1\0\x18\0" + bytes(40),
+    }  # fmt: skip
+    for name, data in bad.items():
+        (folder / name).write_bytes(data)
+    for name in ("a.PSD", "b.psd", "c.cr2", "d.NEF", "e.gif", "notes.txt", "f.jp2", "no_suffix", ".hidden.psd"):
+        (folder / name).write_bytes(b"")
+    (folder / "dir.png").mkdir()
+    (folder / "broken.png").symlink_to(folder / "none.png")
+    os.mkfifo(folder / "pipe.png")
+    said = "left out 10 other files: 1 GIF, 1 JPEG 2000, 2 PSD, 1 broken link, 1 no suffix, 2 raw, 1 special file, 1 txt"
+    assert upscale(folder, "-o", tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert lines[0] == said
+    assert [name for name in sorted(bad) if not any(name in line for line in lines[1:])] == []
+    assert len(lines) == 1 + len(bad)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1.png"]
+    assert upscale(folder, "-o", tmp_path / "out", "--existing", "skip", "--json") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["left_out"]["PSD"] == 2
+    assert sum(file["status"] == "failed" for file in report["files"]) == len(bad)
+
+
+@pytest.mark.posix
+def test_what_is_no_file_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert upscale(tmp_path / "pipe.png", "-o", tmp_path / "out") == 1
+    assert "pipe.png is not a file" in capsys.readouterr().err
+
+
+def test_heic_and_jpeg_xl_go_to_png_and_say_what_they_need(tmp_path, capsys, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # not installed, wherever this runs
+    from tsdsr_core.images import formats
+
+    formats._load.cache_clear()
+    try:
+        assert upscale(tmp_path / "in", "-o", tmp_path / "out") == 2
+        assert "pip install pillow-heif to read HEIC" in capsys.readouterr().err
+        assert upscale(tmp_path / "in" / "a.heic", "-o", tmp_path / "out") == 1
+        assert "a.heic: HEIF images need a plug-in: pip install pillow-heif" in capsys.readouterr().err
+    finally:
+        formats._load.cache_clear()
+    inputs = collect([str(tmp_path / "in" / "a.heic")])
+    assert plan_jobs(inputs, tmp_path / "out", "error")[0].output == tmp_path / "out" / "a.png"
+    with pytest.raises(ValueError, match=r"unknown format '\.heic'"):
+        plan_jobs(inputs, tmp_path / "x.heic", "error")
+
+
+def test_outputs_that_cannot_be_end_in_one_line_before_the_work(tmp_path, capsys, monkeypatch):
+    write_picture(tmp_path / "a.png", Picture(photo(8, 8)))
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(upscale_command, "restore", None)
+    for output, why in (
+        ("loop.png", "a symbolic link in its path leads back to itself"),
+        ("file/x.png", "a part of its path is not a folder"),
+    ):
+        assert upscale(tmp_path / "a.png", "-o", tmp_path / output) == 1
+        path = tmp_path / output
+        assert capsys.readouterr().err == f"failed: {tmp_path / 'a.png'}: {path} could not be written: {why}\n"
+    assert upscale(tmp_path / "a.png", "-o", tmp_path / ("y" * 252 + ".png")) == 2
+    assert "yyy.png: the name is too long" in capsys.readouterr().err
+    (tmp_path / "out" / "a.png").mkdir(parents=True)
+    assert upscale(tmp_path / "a.png", "-o", tmp_path / "out", "--existing", "overwrite") == 2
+    assert "out/a.png is a folder" in capsys.readouterr().err
+
+
+def test_running_out_of_host_memory_is_said_and_the_batch_goes_on(tmp_path, capsys, monkeypatch):
+    for number in range(2):
+        write_picture(tmp_path / "in" / f"{number}.png", Picture(photo(8, 8, number)))
+    read = upscale_command.read_picture
+
+    def refuse(path: Path) -> Picture:
+        if path.name == "0.png":
+            raise MemoryError
+        return read(path)
+
+    monkeypatch.setattr(upscale_command, "read_picture", refuse)
+    assert upscale(tmp_path / "in", "-o", tmp_path / "out") == 1
+    assert "0.png: not enough memory" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["1.png"]
+
+
+def test_metadata_goes_through_the_command(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "Camera"
+    exif[0x8769] = {0xA002: 20, 0xA003: 12}
+    image = Image.fromarray((photo(12, 20)[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8))
+    image.save(tmp_path / "a.jpg", exif=exif, icc_profile=b"no profile")
+    assert main(["upscale", str(tmp_path / "a.jpg"), "-o", str(tmp_path / "b.png"), "--scale", "2"]) == 0
+    result = Image.open(tmp_path / "b.png")
+    assert result.size == (24, 40)
+    assert result.getexif()[0x0112] == 1
+    assert result.getexif().get_ifd(0x8769) == {0xA002: 24, 0xA003: 40}
+
+
+def test_eval_leaves_damaged_images_out_and_ends_with_1(tmp_path, capsys):
+    for number in range(3):
+        write_picture(tmp_path / "hq" / f"{number}.png", Picture(photo(24, 24, number)))
+        write_picture(tmp_path / "lq" / f"{number}.png", Picture(photo(24, 24, number) * 0.9))
+    (tmp_path / "lq" / "1.png").write_bytes(b"")
+    arguments = ["eval", "--lq", str(tmp_path / "lq"), "--hq", str(tmp_path / "hq")]
+    assert main([*arguments, "--json"]) == 1
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert set(report["files"]) == {"0", "2"}
+    assert list(report["failed"]) == ["1"]
+    assert "lq/1.png is empty" in captured.err
+    assert main(arguments) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("mean")
+    for number in (0, 2):
+        (tmp_path / "lq" / f"{number}.png").write_bytes(b"")
+    assert main(arguments) == 2
+    assert "none of the 3 pairs can be compared" in capsys.readouterr().err
+
+
+def test_an_evaluation_set_is_made_of_the_good_images(tmp_path):
+    for number in range(2):
+        write_picture(tmp_path / "in" / f"{number}.bmp", Picture(photo(512, 512, number)))
+    data = (tmp_path / "in" / "0.bmp").read_bytes()
+    (tmp_path / "in" / "0.bmp").write_bytes(data[:2000])
+    (tmp_path / "in" / "page.png").write_text("<!DOCTYPE html><html>404 Not Found</html>")
+    with pytest.raises(ValueError, match=r"2 of 3 images are left out of the evaluation set: ") as caught:
+        make_evaluation_set(tmp_path / "in", tmp_path / "out", ["light"])
+    assert "0.bmp" in str(caught.value)
+    assert "page.png cannot be read as an image: its content is a web page" in str(caught.value)
+    assert [path.name for path in (tmp_path / "out" / "lq-light").iterdir()] == ["1.png"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_files_with_a_byte_order_mark_are_read(encoding, tmp_path):
+    (tmp_path / "c.toml").write_bytes('stage = "student"\r\n[run]\r\nsteps = 7 # ü\r\n'.encode(encoding))
+    assert read_config(tmp_path / "c.toml").run.steps == 7
+    if encoding == "utf-8-sig":
+        (tmp_path / "a.txt").write_bytes("a cat".encode(encoding))
+        assert read_captions([tmp_path / "a.png"], None) == {tmp_path / "a.png": "a cat"}
+
+
+def test_a_copy_without_the_training_code_does_not_offer_it(tmp_path):
+    """As ComfyUI's registry delivers the pack."""
+    leave = [line.strip("/") for line in (ROOT / ".comfyignore").read_text().split()]
+    assert "tsdsr_core/train" in leave
+    for path in (ROOT / "tsdsr_core").rglob("*.py"):
+        relative = path.relative_to(ROOT)
+        if not str(relative).startswith("tsdsr_core/train/"):
+            (tmp_path / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / relative)
+    done = run("-m", "tsdsr_core", "--help", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert b"upscale" in done.stdout
+    assert b"train" not in done.stdout
+    done = run("-m", "tsdsr_core", "train", "--help", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert b"this copy does not include the training code" in done.stderr
+    assert b"pip" not in done.stderr
+
+
+def test_the_advice_of_an_installed_package_names_packages(tmp_path, monkeypatch):
+    from tsdsr_core import errors
+
+    assert installation("cli") == f"pip install -e '.[cli]' in {ROOT}"
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages" / "tsdsr_core" / "extras.py"))
+    monkeypatch.setattr(
+        errors.importlib.metadata, "requires",
+        lambda name: ["torch>=2", 'tqdm; extra == "cli"', 'tsdsr[cli]; extra == "train"', 'peft>=0.17; extra == "train"'],
+    )  # fmt: skip
+    assert installation("train") == "pip install 'tqdm' 'peft>=0.17'"
+
+
+def test_errors_of_the_system_are_said_in_words(tmp_path, capsys, monkeypatch):
+    def fail(options):
+        raise PermissionError(13, "Permission denied", "some\nfile")
+
+    monkeypatch.setattr(upscale_command, "run", fail)
+    assert upscale("x.png", "-o", "y.png") == 2
+    assert capsys.readouterr().err == "tsdsr upscale: error: some\\nfile: permission denied\n"
+    assert cli.COMMANDS["train"]

@@ -1,0 +1,1 @@
+"""The nodes, templates and blueprint, in the frontend and without ComfyUI."""

@@ -1,0 +1,116 @@
+"""Bundles with 8-bit weights in a real ComfyUI, against the core on diffusers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tsdsr_core.images.files import read_picture
+from tsdsr_core.restore import Options, restore
+from tsdsr_core.sd3.fold import fold
+from tsdsr_core.sd3.models import load_folder, merged_bundle, model_from_bundle
+from tsdsr_core.weights.bundle import read_bundle, write_bundle
+from tsdsr_core.weights.float8 import is_matrix
+from tsdsr_core.weights.lora import load_lora, merge_lora
+from tsdsr_core.weights.prompt import load_prompt
+
+from ...comfyui.graphs import CPU, TILES, UPSCALE, core_sd3, differs
+from ...comfyui.host import Graph
+
+OPTIONS = Options(scale=1.0, process_size=0, tile=16, tile_overlap=4)
+
+
+def write(host, model, name, folded):
+    """An 8-bit bundle of ``model``, where the host finds it."""
+    if folded:
+        fold(model.transformer, model.prompt.pooled)
+    path = host.base / "models" / "tsdsr" / f"{name}.safetensors"
+    defaults = {"process_size": 0, "wavelet_levels": 5}
+    write_bundle(path, merged_bundle(model.transformer, model.vae, model.prompt, torch.float16, defaults, {}, True))
+    return path
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["whole", "folded"])
+def bundle(request, host, sd3):
+    """The path of an 8-bit bundle and whether it is folded."""
+    name = "eight-bit-folded" if request.param else "eight-bit"
+    return write(host, core_sd3(sd3), name, request.param), request.param
+
+
+def upscale(graph, loader, model, name):
+    """Restore the photo in its own size; the node that saves it."""
+    image = graph.add("LoadImage", image="photo.png")
+    given = {"model": model, "vae": (loader, 1), "conditioning": (loader, 2), "size": "scale by", "size.factor": 1.0}
+    result = graph.add("TSDSRUpscale", image=(image, 0), **{**given, **UPSCALE, **TILES})
+    return graph.add("SaveImage", images=(result, 0), filename_prefix=name)
+
+
+def load(graph, path):
+    return graph.add("TSDSRLoadCheckpoint", checkpoint=path.name, vae_precision="fp32")
+
+
+def core(host, model):
+    """What the core makes of the same photo."""
+    return restore(read_picture(host.base / "input" / "photo.png").rgb, model.restorer(), OPTIONS)[0]
+
+
+def test_it_gives_what_the_core_gives_in_8_bits_of_memory(bundle, host):
+    path, _ = bundle
+    graph = Graph()
+    loader = load(graph, path)
+    models = {
+        "loaded": (loader, 0),
+        "built again": (graph.add("TestRebuilt", model=(loader, 0), eight_bit=True), 0),
+        "without 8 bits": (graph.add("TestRebuilt", model=(loader, 0), eight_bit=False), 0),
+    }
+    saves = {name: upscale(graph, loader, model, "eight") for name, model in models.items()}
+    told = {name: graph.add("TestWeights", model=model) for name, model in models.items()}
+    result = host.run(graph)
+    assert result.status == "success", result.error
+    stored = read_bundle(path)
+    expected = core(host, model_from_bundle(stored, CPU, torch.float32))
+    for name, save in saves.items():
+        assert differs(result.pictures(save)[0], expected) <= 1, name
+
+    matrices = sum(weight.numel() for key, weight in stored.transformer.items() if is_matrix(key))
+    for name in models:
+        found = json.loads(result.outputs[told[name]]["text"][0])
+        assert found.pop("size") == sum(found.values()), "what the host counts is what is there"
+        eight = found.get("torch.float8_e4m3fn", 0)
+        assert eight == (0 if name == "without 8 bits" else matrices), "one byte for each number, half of fp16"
+
+
+def test_a_lora_goes_onto_8_bit_weights(host, sd3):
+    """The host rounds patched weights to 8 bits again; the core adds the LoRA to the dequantised ones."""
+    model = load_folder(sd3.folder, None, load_prompt(sd3.embeddings), CPU, torch.float32)
+    path = write(host, model, "eight-bit-base", folded=False)
+    graph = Graph()
+    loader = load(graph, path)
+    lora = graph.add(
+        "TSDSRLoadLora", model=(loader, 0), vae=(loader, 1), transformer_lora="tsdsr/transformer.safetensors",
+        vae_lora="tsdsr/vae.safetensors", transformer_strength=1.0, vae_strength=0.0, vae_precision="fp32",
+    )  # fmt: skip
+    plain, patched = (upscale(graph, loader, (node, 0), "patched") for node in (loader, lora))
+    result = host.run(graph)
+    assert result.status == "success", result.error
+    model = model_from_bundle(read_bundle(path), CPU, torch.float32)
+    merge_lora(model.transformer, load_lora(sd3.loras / "transformer.safetensors"))
+    exact = np.floor(core(host, model).permute(1, 2, 0).numpy() * 255)
+    plain, patched = (result.pictures(save)[0].astype(int) for save in (plain, patched))
+    effect, error = np.abs(plain - exact).mean(), np.abs(patched - exact).mean()
+    assert 0 < error < 0.2 * effect, "the LoRA is there, rounded"
+
+
+def test_saving_it_again_is_one_error(bundle, host):
+    path, folded = bundle
+    graph = Graph()
+    loader = load(graph, path)
+    graph.add(
+        "TSDSRSaveCheckpoint", model=(loader, 0), vae=(loader, 1), conditioning=(loader, 2), filename_prefix="x", dtype="fp16"
+    )
+    result = host.run(graph)
+    assert result.status == "error"
+    message = "this checkpoint is folded, which cannot be saved again" if folded else "the model is quantised"
+    assert message in result.error
+    assert len(result.error.strip().splitlines()) == 1

@@ -1,0 +1,118 @@
+"""The nodes in the real frontend: blueprint, search, progress, errors, help."""
+
+import json
+
+import pytest
+
+from ..comfyui import host as host_module
+from ..comfyui.frontend import DROP, WAIT, run_in_page
+from ..comfyui.graphs import builtin_graph, load_sd3
+from ..comfyui.host import Graph
+
+
+@pytest.mark.parametrize("path", sorted((host_module.ROOT / "subgraphs").glob("*.json")), ids=lambda path: path.stem)
+def test_a_blueprint_opens_with_its_stages_and_dials(path, page):
+    page.errors.clear()
+    page.evaluate(DROP, [path.read_text(), path.name])
+    page.wait_for_function("app.graph._nodes.length === 1 && !!app.graph._nodes[0].subgraph", timeout=WAIT)
+    page.wait_for_timeout(500)
+    kinds = [node["class_type"] for node in page.evaluate("async () => (await app.graphToPrompt()).output").values()]
+    assert sorted(kinds) == ["ImageScaleBy", "TSDSRColorFix", "TSDSRDecode", "TSDSREncode", "TSDSROneStep"]
+    dials = page.evaluate("app.graph._nodes[0].widgets.map(w => w.name)")
+    assert [name.split(": ")[-1] for name in dials] == ["scale_by", "strength", "color_fix"], (
+        "older frontends put the inner id first"
+    )
+    assert page.errors == []
+
+
+VISIBLE = """() => {
+  const node = app.graph._nodes.find(n => n.type === 'TSDSRUpscale');
+  return node.widgets.filter(w => node.isWidgetVisible(w)).map(w => w.name);
+}"""
+
+
+def test_the_classic_view_folds_away_what_few_people_need(page):
+    graph, _ = builtin_graph()
+    page.evaluate("graph => app.loadApiJson(graph, 'advanced')", graph.nodes)
+    page.wait_for_function("app.graph._nodes.some(n => n.type === 'TSDSRUpscale')", timeout=WAIT)
+    if not page.evaluate("app.graph._nodes.some(n => n.widgets?.some(w => w.options.advanced))"):
+        pytest.skip("this ComfyUI does not know advanced inputs")
+    shown = ["size", "size.factor", "strength", "color_fix"]
+    assert page.evaluate(VISIBLE) == shown
+    node = "app.graph._nodes.find(n => n.type === 'TSDSRUpscale')"
+    choose = f"name => {{ {node}.widgets.find(w => w.name === 'color_fix').value = name }}"
+    page.evaluate(choose, "adain")
+    page.evaluate(choose, "wavelet")
+    assert page.evaluate(VISIBLE) == shown, "the number of levels is a new widget"
+    page.evaluate(f"{node}.toggleAdvanced()")
+    folded = ["color_fix.wavelet_levels", "tile", "tile_overlap", "tile_batch", "vae_tile"]
+    assert page.evaluate(VISIBLE) == [*shown, *folded]
+
+
+SEARCH = """query => document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('nodeDef')
+  .nodeSearchService.searchNode(query, [], {limit: 64}).map(node => node.name)"""
+WISHES = ["old photo", "enhance", "denoise", "sharpen", "restoration", "jpeg artifacts", "face", "upscale", "restore", "grain"]
+
+
+@pytest.mark.parametrize("query", [*WISHES, "tsdsr", "tsd-sr"])
+def test_the_node_search_finds_the_upscaler(query, page):
+    """By the frontend's own search, which ranks matches of names, short ones first, before those of aliases."""
+    found = page.evaluate(SEARCH, query)
+    assert "TSDSRUpscale" in found
+    parts = [name for name in found if name.startswith("TSDSR")]
+    if query in WISHES:
+        assert parts[0] == "TSDSRUpscale"
+    else:
+        assert len(parts) == 10
+        assert parts.index("TSDSRUpscale") < 3
+
+
+def progress_of(page) -> list[tuple[int, int]]:
+    """(value, max) of each progress message that the page received."""
+    messages = [json.loads(frame) for frame in page.received if isinstance(frame, str)]
+    return [(m["data"]["value"], m["data"]["max"]) for m in messages if m["type"] == "progress"]
+
+
+@pytest.mark.parametrize("page", ["host"], indirect=True)
+def test_progress_counts_the_tiles_of_all_stages(page, host):
+    graph, _ = builtin_graph("large.png", **{"size.factor": 1.0, "tile": 48, "tile_batch": 1})
+    page.evaluate("graph => app.loadApiJson(graph, 'tiles')", graph.nodes)
+    page.wait_for_function("app.graph._nodes.some(n => n.type === 'TSDSRUpscale')", timeout=WAIT)
+    assert run_in_page(page, host).status == "success"
+    found = progress_of(page)
+    values = [value for value, _ in found]
+    assert {total for _, total in found} == {9 + 2 * 16}, "3x3 tiles, and 16 each to encode and decode"
+    assert values == sorted(values)
+    assert values[-1] == 41
+    assert len(set(values)) >= 5, "the page sees it move; messages that come too fast are dropped"
+
+
+@pytest.mark.parametrize("page", ["host"], indirect=True)
+def test_the_page_shows_what_is_wrong(page, host, sd3):
+    graph = Graph()
+    lora, _ = load_sd3(graph, transformer_lora="tsdsr/vae.safetensors")
+    graph.add("PreviewAny", source=(lora, 0))
+    page.evaluate("graph => app.loadApiJson(graph, 'wrong')", graph.nodes)
+    page.wait_for_function("app.graph._nodes.some(n => n.type === 'TSDSRLoadLora')", timeout=WAIT)
+    assert run_in_page(page, host).status == "error"
+    details = page.get_by_test_id("error-overlay-see-errors")  # newer frontends first show only which node failed
+    message = page.get_by_text("are the two files swapped?").first
+    details.or_(message).first.wait_for(timeout=WAIT)
+    if details.count():
+        details.first.click()
+    message.wait_for(timeout=WAIT)
+    page.keyboard.press("Escape")
+
+
+@pytest.mark.parametrize("page", ["host"], indirect=True)
+def test_the_help_of_a_node_opens_with_its_picture(page, host):
+    graph, _ = builtin_graph()
+    page.evaluate("graph => app.loadApiJson(graph, 'help')", graph.nodes)
+    page.wait_for_function("app.graph._nodes.some(n => n.type === 'TSDSRUpscale')", timeout=WAIT)
+    page.evaluate("app.canvas.selectNode(app.graph._nodes.find(n => n.type === 'TSDSRUpscale'))")
+    page.wait_for_timeout(1000)
+    button = page.locator("[data-testid='info-button'], .help-button")
+    button.first.evaluate("button => button.click()")
+    shown = "[...document.querySelectorAll('img')].some(i => i.src.endsWith('/strength.png') && i.naturalWidth > 100)"
+    page.wait_for_function(shown, timeout=WAIT)
+    assert page.get_by_text("exactly the requested size").first.is_visible()

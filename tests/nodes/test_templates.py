@@ -1,0 +1,184 @@
+"""The templates in the real frontend, classic and Nodes 2.0: opened, run, found, and the first run of a new user."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ..comfyui import frontend
+from ..comfyui import host as host_module
+from ..comfyui.frontend import FOLDER, SAME_TYPES, WAIT, WORKFLOWS, drop, run_in_page, types_of
+from ..comfyui.host import Host
+
+VIEWS = ["classic", "Nodes 2.0"]
+MISSING = """() => {
+  const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
+  const names = (store, key) => (stores.get(store)?.[key] ?? []).map(found => found.name);
+  const unknown = app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type);
+  const red = app.graph._nodes.filter(n => n.has_errors).map(n => n.type);
+  const [models, pictures] = [names('missingModel', 'missingModelCandidates'), names('missingMedia', 'missingMediaCandidates')];
+  return {unknown, red, models, pictures};
+}"""
+"""What the frontend draws a red frame for when it opens a workflow; older ones look for missing nodes alone."""
+REPORTED = """app.graph._nodes.some(n => n.type === 'TSDSRUpscale' && n.widgets.some(w => {
+  const text = String(w.value);
+  return text.includes('→') && text.includes('encode');
+}))"""
+"""Whether the node shows sizes and seconds."""
+NOTHING = {"unknown": [], "red": [], "models": [], "pictures": []}
+by_name = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+in_each_view = pytest.mark.parametrize("view", VIEWS)
+on_a_host = pytest.mark.parametrize("page", ["host"], indirect=True)
+
+
+def show(page, view: str) -> None:
+    """Switch the page to a view."""
+    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", view != VIEWS[0])
+    page.wait_for_function("on => LiteGraph.vueNodesMode === on", arg=view != VIEWS[0])
+
+
+def alike(prompt: dict, twin: dict) -> tuple[dict, dict]:
+    """Both without titles, with whole numbers written one way.
+
+    Of ComfyUI's own nodes only what the twin gives: widgets that only show something, and inputs that newer releases added,
+    stand in a page's prompt too.
+    """
+    number = lambda value: float(value) if type(value) in (int, float) else value  # noqa: E731
+    plain = [
+        {name: (n["class_type"], {k: number(v) for k, v in n["inputs"].items()}) for name, n in p.items()}
+        for p in (prompt, twin)
+    ]
+    for name, (kind, inputs) in plain[0].items():
+        if not kind.startswith("TSDSR"):
+            for key in inputs.keys() - twin[name]["inputs"].keys():
+                del inputs[key]
+    return plain[0], plain[1]
+
+
+@by_name
+@in_each_view
+def test_a_template_opens_by_drop_and_is_its_twin(view, path, page):
+    show(page, view)
+    drop(page, path)
+    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    found, twin = alike(prompt, json.loads((FOLDER / "api" / path.name).read_text(encoding="utf-8")))
+    assert found == twin
+    missing = page.evaluate(MISSING)
+    assert missing["unknown"] == missing["pictures"] == []
+    assert page.errors == []
+
+
+@by_name
+@on_a_host
+def test_the_template_browser_opens_each_template(path, page, host):
+    page.errors.clear()
+    page.evaluate("app.graph.clear()")
+    open_template(page, path.stem)
+    dialog = page.get_by_role("dialog")
+    assert dialog.count() == 0 or not dialog.first.is_visible()
+    assert page.errors == []
+
+
+def open_template(page, name: str) -> None:
+    """Through the browser of templates, as a user does."""
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text(host_module.PACK).first.click(timeout=WAIT)
+    card = dialog.get_by_text(name, exact=True).first
+    card.wait_for(timeout=WAIT)
+    card.evaluate("card => card.click()")  # a pointer would wait until every thumbnail has stopped moving
+    page.wait_for_function(SAME_TYPES, arg=types_of(FOLDER / f"{name}.json"), timeout=WAIT)
+    page.wait_for_timeout(500)
+
+
+@pytest.mark.parametrize("query", ["restore", "upscale", "old photo", "grainy", "noisy", "video", "folder", "TSD-SR"])
+@on_a_host
+def test_the_template_browser_finds_them(query, page):
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = page.get_by_role("dialog")
+    search = dialog.get_by_role("textbox").first
+    search.fill(query)
+    expected = next(path.stem for path in WORKFLOWS if query.lower() in path.stem.lower())
+    dialog.get_by_text(expected, exact=True).first.wait_for(timeout=WAIT)
+    search.fill("")
+    page.keyboard.press("Escape")
+    dialog.first.wait_for(state="hidden", timeout=WAIT)
+
+
+def quick(path: Path) -> str:
+    """A template, with less to do: one step for a small picture, and frames that are not enlarged."""
+    drawn = json.loads(path.read_text(encoding="utf-8"))
+    of_type = {node["type"]: node["widgets_values"] for node in drawn["nodes"] if node.get("widgets_values")}
+    if "EmptySD3LatentImage" in of_type:
+        of_type["EmptySD3LatentImage"][:2] = [64, 64]
+        of_type["KSampler"][2] = 1
+    if "LoadVideo" in of_type:
+        of_type["TSDSRUpscale"][1] = 1
+    return json.dumps(drawn)
+
+
+@by_name
+@in_each_view
+@on_a_host
+def test_a_template_runs_from_the_page(view, path, page, host, sd3):
+    """The second view has the results of the first at hand, but sends, draws and compares all the same."""
+    show(page, view)
+    page.evaluate("app.refreshComboInNodes()")  # the models were written after the page had opened
+    drop(page, path, quick(path))
+    assert page.evaluate(MISSING) == NOTHING
+    result = run_in_page(page, host)
+    assert result.status == "success"
+    assert page.errors == []
+    kinds = {str(node["id"]): node["type"] for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]}
+    shown = {kinds[node]: result.outputs[node] for node in result.outputs}
+    if "LoadVideo" in kinds.values():
+        assert shown["SaveVideo"]["images"]
+    else:
+        pictures = len(shown["SaveImage"]["images"])
+        assert len(shown["ImageCompare"]["a_images"]) == len(shown["ImageCompare"]["b_images"]) == pictures
+        assert len(shown["PreviewImage"]["images"]) == pictures
+    if "TSDSRUpscale" in kinds.values() and view == VIEWS[0]:  # which runs it
+        page.wait_for_function(REPORTED, timeout=WAIT)
+
+
+def last_preview(page) -> Image.Image:
+    """The image in the last binary message with a JPEG after its header; the node's text is a binary message too."""
+    frame = [frame for frame in page.received if isinstance(frame, bytes) and b"\xff\xd8\xff" in frame][-1]
+    return Image.open(io.BytesIO(frame[frame.index(b"\xff\xd8") :]))
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """A host whose folders are empty, as after its installation."""
+    if (found := host_module.find()) is None:
+        pytest.skip("no ComfyUI: set COMFYUI_PATH")
+    server = Host(*found, tmp_path_factory.mktemp("fresh"))
+    yield server
+    server.close()
+
+
+@in_each_view
+def test_the_first_run_restores_a_photo(view, fresh, browser):
+    """Start, templates, the first of the pack, Run, compare; nothing chosen, nothing downloaded."""
+    fresh.post("/settings", {**frontend.SETTINGS, "Comfy.VueNodes.Enabled": view != VIEWS[0]})
+    page = frontend.open_page(browser, f"http://127.0.0.1:{fresh.port}/")
+    open_template(page, WORKFLOWS[0].stem)
+    assert page.evaluate(MISSING) == NOTHING
+    result = run_in_page(page, fresh)
+    assert result.status == "success"
+    assert page.errors == []
+    picture = Image.fromarray(result.pictures("5")[0])
+    before = Image.open(host_module.ROOT / "docs" / "examples" / "lighthouse.png")
+    assert picture.size == (4 * before.width, 4 * before.height)
+    side_by_side = {Image.open(path).size for path in (fresh.base / "temp").glob("ComfyUI_temp_*.png")}
+    assert side_by_side == {(2 * picture.width + 8, picture.height)}
+    if view == VIEWS[0]:  # the second run has the result at hand
+        preview = last_preview(page)
+        small = picture.resize(preview.size, Image.Resampling.BOX)
+        assert np.corrcoef(np.asarray(small).ravel(), np.asarray(preview.convert("RGB")).ravel())[0, 1] > 0.9, "colours"
+    else:
+        page.get_by_alt_text("After image").first.wait_for(timeout=WAIT)  # the slider
+    page.close()

@@ -1,0 +1,129 @@
+"""The example workflows: whole, described, each with a twin in API format."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "workflows"
+WORKFLOWS = sorted(FOLDER.glob("*.json"))
+NOTES = {"MarkdownNote", "Note"}
+
+
+def read(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_there_is_one_for_each_way_of_working():
+    used = {node["type"] for path in WORKFLOWS for node in read(path)["nodes"]}
+    everything = {"Upscale", "LoadCheckpoint", "LoadLora", "LoadPrompt", "Encode", "OneStep", "Decode", "ColorFix", "Sampler"}
+    assert {f"TSDSR{name}" for name in everything} <= used
+
+
+def test_their_order_is_in_their_names():
+    """The frontend sorts them by name, or takes them as the file system has them; then the numbers still say the order."""
+    names = [path.stem for path in WORKFLOWS]
+    assert [name.split()[:2] for name in names] == [["TSD-SR", f"{number:02}"] for number in range(1, len(names) + 1)]
+    assert "built-in model" in names[0]
+    assert "SD3" in names[1]
+    for searched in ("restore", "upscale", "old photo"):
+        assert 0 <= names[0].lower().find(searched) <= 33, "older frontends look no further for its beginning"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_explains_itself_and_has_a_twin(path):
+    nodes = {node["id"]: node for node in read(path)["nodes"]}
+    assert [node for node in nodes.values() if node["type"] in NOTES and len(node["widgets_values"][0]) > 100]
+    twin = read(FOLDER / "api" / path.name)
+    drawn = sorted(node["type"] for node in nodes.values() if node["type"] not in NOTES)
+    assert drawn == sorted(node["class_type"] for node in twin.values())
+    for link in read(path)["links"]:
+        _, source, output, target, entry, _ = link
+        assert nodes[source]["outputs"][output]["links"]
+        name = nodes[target]["inputs"][entry]["name"]
+        assert twin[str(target)]["inputs"][name] == [str(source), output]
+    for node in nodes.values():
+        if node["type"] in ("CheckpointLoaderSimple", "TSDSRLoadLora", "TSDSRLoadPrompt"):
+            files = [value for value in node["widgets_values"] if str(value).endswith((".safetensors", ".pt"))]
+            told = {model["name"]: model for model in node["properties"]["models"]}
+            assert told.keys() == set(files), "what the panel of missing models shows"
+            assert all(model["directory"] and model["url"].startswith("https://") for model in told.values())
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_template_of_images_compares_before_and_after(path):
+    twin = read(FOLDER / "api" / path.name)
+    saved = [node["inputs"]["images"] for node in twin.values() if node["class_type"] == "SaveImage"]
+    if any(node["class_type"] == "SaveVideo" for node in twin.values()):
+        return
+    (slider,) = (node["inputs"] for node in twin.values() if node["class_type"] == "ImageCompare")
+    (joined,) = (node["inputs"] for node in twin.values() if node["class_type"] == "ImageStitch")
+    assert saved == [slider["image_b"]] == [joined["image1"]]
+    assert slider["image_a"] == joined["image2"]
+    assert joined["direction"] == "left", "before on the left, enlarged to the size of the result"
+    assert twin[slider["image_a"][0]]["class_type"] in ("LoadImage", "LoadImageDataSetFromFolder", "VAEDecode")
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_no_two_nodes_overlap(path):
+    boxes = [(*node["pos"], *node["size"]) for node in read(path)["nodes"]]
+    for index, (x, y, width, height) in enumerate(boxes):
+        for left, top, other_width, other_height in boxes[index + 1 :]:
+            apart = x + width <= left or left + other_width <= x or y + height <= top or top + other_height <= y
+            assert apart
+
+
+def test_each_workflow_has_a_thumbnail_of_its_own():
+    thumbnails = [path.with_suffix(".jpg") for path in WORKFLOWS]
+    for path in thumbnails:
+        with Image.open(path) as image:
+            assert image.size == (512, 512)
+    assert len({path.read_bytes() for path in thumbnails}) == len(thumbnails)
+    assert len(list(FOLDER.glob("*.jpg"))) == len(thumbnails)
+
+
+def test_the_published_pack_holds_what_a_host_needs():
+    """.comfyignore leaves out what only developers need, and nothing else."""
+    lines = (ROOT / ".comfyignore").read_text().split()
+    assert all(line.startswith("/") and line.strip("/") for line in lines), "a name without / would match in any folder"
+    left_out = tuple(line.strip("/") for line in lines)
+    needed = ["__init__.py", "nodes", "tsdsr_core/restore.py", "tsdsr_core/assets", "web", "locales", "workflows", "subgraphs",
+              "docs/examples", "pyproject.toml", "LICENSE", "README.md"]  # fmt: skip
+    for name in needed:
+        assert (ROOT / name).exists()
+        assert not any(name == prefix or name.startswith(f"{prefix}/") or prefix.startswith(f"{name}/") for prefix in left_out)
+
+
+def test_every_node_has_a_help_page():
+    used = {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
+    names = {line.split('"')[1] for path in (ROOT / "nodes").glob("*.py") for line in path.read_text().splitlines()
+             if line.strip().startswith('"TSDSR')}  # fmt: skip
+    assert len(names) == 10
+    assert used == names
+    for name in names:
+        text = (ROOT / "web" / "docs" / f"{name}.md").read_text()
+        assert text.startswith("# TSD-SR ")
+        pictures = re.findall(r"\]\((images/[^)]*)\)", text)
+        assert pictures
+        assert all((ROOT / "web" / "docs" / picture).is_file() for picture in pictures)
+
+
+@pytest.mark.parametrize("language", ["zh", "ja", "ko"])
+def test_the_upscalers_help_in_another_language_covers_the_same_settings(language):
+    docs = ROOT / "web" / "docs"
+    pages = [(docs / path).read_text() for path in ("TSDSRUpscale.md", f"TSDSRUpscale/{language}.md")]
+    settings, pictures, sections = (
+        [re.findall(pattern, page, re.M) for page in pages]
+        for pattern in (r"^- .*?\*\*`(\w+)`\*\*", r"\]\((images/[^)]*)\)", r"^#+ ")
+    )
+    assert len(settings[0]) == 10
+    assert settings[0] == settings[1]
+    assert pictures[0] == pictures[1]
+    assert sections[0] == sections[1]
+    names = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text())["TSDSRUpscale"]
+    assert pages[1].startswith(f"# {names['display_name']}\n")
+    for key, entry in names["inputs"].items():
+        assert key in ("image", "model", "vae", "conditioning") or f"- {entry['name']} **`" in pages[1], key

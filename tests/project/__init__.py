@@ -1,0 +1,1 @@
+"""Rules of the project: boundaries between folders, documentation, examples, experiments."""

@@ -1,0 +1,1 @@
+"""The exact tiled VAE against the untiled one."""

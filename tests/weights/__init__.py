@@ -1,0 +1,1 @@
+"""Weight files: LoRA, bundles, prompts, 8 bits."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..tsdsr_core.alpha import spread_colours
 from ..tsdsr_core.colour import METHODS, WAVELET_LEVELS, WAVELET_LEVELS_RANGE
 from ..tsdsr_core.restore import STRENGTH_RANGE, Options
-from ..tsdsr_core.tiles.plan import LEAST_TILE, OVERLAP, TILE, most_overlap
+from ..tsdsr_core.tiles.plan import MIN_TILE, OVERLAP, TILE, max_overlap
 from .host import running
 from .host.schema import field
 
@@ -110,14 +110,14 @@ def step_options(strength: float, tile: int, tile_overlap: int, tile_batch: int)
     Raises:
         ValueError: for a tile size below the minimum, or an overlap that makes too many tiles.
     """
-    if 0 < tile < LEAST_TILE:
-        raise ValueError(f"tile {tile}: expected 0 (automatic) or at least {LEAST_TILE}")
+    if 0 < tile < MIN_TILE:
+        raise ValueError(f"tile {tile}: expected 0 (automatic) or at least {MIN_TILE}")
     for name, value in (("tile", tile), ("tile_overlap", tile_overlap)):
         if value % 2:
             raise ValueError(
                 f"{name} {value}: expected an even number, because the transformer works on patches of 2x2 latent cells"
             )
-    most = most_overlap(tile or TILE)
+    most = max_overlap(tile or TILE)
     if tile_overlap > most:
         named = f"tile {tile}" if tile else f"the automatic tile size {TILE}"
         raise ValueError(f"tile_overlap {tile_overlap}: expected at most {most}, three quarters of {named}")

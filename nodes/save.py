@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from ..tsdsr_core.weights.bundle import write_bundle
 from . import inputs
 from .checks import checked
-from .host import files, models, running, sampling, saving
+from .host import bundling, files, models, running, sampling
 from .host.schema import field, schema
 from .types import Conditioning, Model, Vae
 
@@ -53,7 +53,7 @@ class SaveCheckpoint(io.ComfyNode):
         sampling.check_conditioning(conditioning, model)
         models.check_vae(vae, model)
         files.output_prefix(filename_prefix)  # reports a bad prefix before the work
-        bundle = saving.to_bundle(model, vae, conditioning, _DTYPES[dtype], {"made by": "TSDSRSaveCheckpoint"})
+        bundle = bundling.to_bundle(model, vae, conditioning, _DTYPES[dtype], {"made by": "TSDSRSaveCheckpoint"})
         path, shown = files.new_output(filename_prefix)
         write_bundle(path, bundle)
         running.show_text(cls, shown)

@@ -20,7 +20,7 @@ from .image_size import PROCESS_SIZE, PROCESS_SIZE_RANGE, SCALE_RANGE, Size, Siz
 from .system.precision import check_finite
 from .tiles.blend import Velocity, fitting_velocity
 from .tiles.memory import TileMemory
-from .tiles.plan import LEAST_TILE, OVERLAP, TILE, Tiling, choose_tiling
+from .tiles.plan import MIN_TILE, OVERLAP, TILE, Tiling, choose_tiling
 
 STRENGTH_RANGE = (0.0, 2.0)
 _ADVICE = "run the model in fp32 (--dtype fp32), and check that the LoRA fits it"
@@ -85,7 +85,7 @@ class Options:
         colour.check_levels(self.wavelet_levels)
         check_number("strength", self.strength, *STRENGTH_RANGE)
         if self.tile is not None:
-            check_number("tile", self.tile, LEAST_TILE, whole=True)
+            check_number("tile", self.tile, MIN_TILE, whole=True)
         check_number("tile overlap", self.tile_overlap, 0, whole=True)
         if self.tile_batch is not None:
             check_number("tile batch", self.tile_batch, 1, whole=True)

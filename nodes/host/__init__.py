@@ -1,8 +1,10 @@
-"""The one home of ComfyUI's mechanics.
+"""Everything that touches ComfyUI's internals.
 
-``schema``   node definitions that older hosts accept too     ``files``     model folders and file lists
-``running``  progress, interruption, errors                   ``sampling``  the one step as a ComfyUI sampler
-``models``   native model and VAE objects                     ``vae``       encoding and decoding of any size
-``folded``   folded transformers in the host's own            ``eight_bit`` 8-bit weights in the host's quantised layers
-``placement`` where the image lies in a padded latent
+``schema``     node definitions that older hosts accept too     ``files``      model folders, file lists, free output names
+``running``    progress, interruption, out-of-memory errors     ``sampling``   the one step as a ComfyUI sampler
+``models``     native model and VAE objects from bundles        ``bundling``   native models back into bundles
+``loras``      LoRAs on native models                           ``vae``        encoding and decoding of any size
+``folded``     folded transformers in the host's MMDiT          ``eight_bit``  8-bit weights in the host's quantised layers
+``placement``  where the image lies in a padded latent          ``previews``   previews of unfinished images
+``examples``   example images in the input folder
 """

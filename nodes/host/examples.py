@@ -1,4 +1,4 @@
-"""The photographs and the clip that the templates open."""
+"""The example images and the clip that the templates open, copied into the host's input folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model folders and the files in them."""
+"""Model folders and the files in them, and free names for new files."""
 
 from __future__ import annotations
 

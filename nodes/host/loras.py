@@ -1,4 +1,4 @@
-"""LoRAs onto native models, all modules or none, on copies."""
+"""LoRAs on copies of native models: all their modules fit, or none is applied."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from ...tsdsr_core.weights.lora import Lora, check_fit
 from ...tsdsr_core.weights.vae_keys import to_original
 from ..types import Model, Patcher, Vae
+from .bundling import merged_weights
 from .models import build_vae, check_vae, plain_key, precise_dtype, vae_shape
-from .saving import merged_weights
 from .vae import uncompiled
 
 log = logging.getLogger("tsdsr")

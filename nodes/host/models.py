@@ -1,4 +1,4 @@
-"""Native model and VAE objects, built from bundles; what is known of those from other loaders."""
+"""Native model and VAE objects built from bundles, and checks of those from other loaders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress, interruption and running out of memory."""
+"""Progress, interruption and out-of-memory errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Node definitions; what a host does not know yet is left out of them."""
+"""Node definitions, without what an older host does not know."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...tsdsr_core.system.precision import half_dtype, run_half
 from ...tsdsr_core.vae import execute
-from ...tsdsr_core.vae.forms import Kernels
+from ...tsdsr_core.vae.passes import Kernels
 from ...tsdsr_core.vae.plan import HEADROOM, PLACES, plan_tiles
 from ...tsdsr_core.vae.program import Program, decoder_program, encoder_program, plain
 from ..types import Vae
@@ -100,7 +100,7 @@ def _run(vae: Vae, half: Callable[..., Program], x: Tensor, tick: Callable[[int,
     program = half(vae.first_stage_model, patched=bool(vae.patcher.patches))  # patches come in with the loading, below
     device = vae.patcher.load_device
     kernels = _kernels(device)
-    shape = [op.form for op in program], x.shape[2], x.shape[3], x.dtype.itemsize
+    shape = [op.spec for op in program], x.shape[2], x.shape[3], x.dtype.itemsize
     wanted = plan_tiles(*shape, _free(vae), tile, kernels=kernels)
     if wanted.maps == "host":  # other models make room before the maps leave the device
         wanted = plan_tiles(*shape, _obtainable(vae), tile, kernels=kernels)

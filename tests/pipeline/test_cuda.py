@@ -101,7 +101,7 @@ def test_4096_in_16_bit_takes_little_of_the_device(sd3, half):
     vae, free = sd3[torch.float16], int(2.5e9)
     x = torch.randn(1, 16, 512, 512).half() if half == "decoder" else torch.rand(1, 3, 4096, 4096).half()
     program = PROGRAMS[half](vae)
-    plan = plan_tiles([op.form for op in program], *x.shape[2:], 2, free)
+    plan = plan_tiles([op.spec for op in program], *x.shape[2:], 2, free)
     if free_ram() < 1.2 * plan.host_bytes:
         pytest.skip(f"needs {plan.host_bytes / 1e9:.0f} GB of host memory")
     assert plan.maps == "host"
@@ -114,7 +114,7 @@ def test_4096_in_16_bit_takes_little_of_the_device(sd3, half):
 def test_tiling_takes_little_more_time_than_one_piece(sd3):
     vae, z = sd3[torch.float16], torch.randn(1, 16, 128, 128, device=DEVICE).half()
     program, seconds = decoder_program(vae), {"untiled": [], "tiled": []}
-    plan = plan_tiles([op.form for op in program], 128, 128, 2, free_memory(DEVICE))
+    plan = plan_tiles([op.spec for op in program], 128, 128, 2, free_memory(DEVICE))
     for _ in range(6):
         for name, work in (("untiled", lambda: untiled(vae, z)), ("tiled", lambda: run(program, z, plan, DEVICE))):
             torch.cuda.synchronize(DEVICE)

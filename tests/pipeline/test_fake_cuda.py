@@ -18,7 +18,7 @@ from tsdsr_core.sd3.fold import fold
 from tsdsr_core.sd3.models import DiffusersModel, merged_bundle, model_from_bundle
 from tsdsr_core.vae import execute, norms, transfer
 from tsdsr_core.vae.execute import kernels_of, run
-from tsdsr_core.vae.forms import NVIDIA, Kernels
+from tsdsr_core.vae.passes import NVIDIA, Kernels
 from tsdsr_core.vae.plan import PLACES, plan_places
 from tsdsr_core.vae.program import decoder_program, encoder_program
 from tsdsr_core.weights import float8
@@ -113,7 +113,7 @@ def run_tiled(mode: FakeDevice, program, maps, keys, kernels, tile: int = 16) ->
     passes = program(vae)
     x = torch.randn(1, *((16, 13, 9) if program is decoder_program else (3, 26, 18))).half()
     x = x.to(mode.device) if maps == "device" else x
-    plan = plan_places([op.form for op in passes], *x.shape[2:], 2, None, tile, maps, keys, kernels)
+    plan = plan_places([op.spec for op in passes], *x.shape[2:], 2, None, tile, maps, keys, kernels)
     result = run(passes, x, plan, mode.device)
     assert result.device == x.device
 
@@ -130,16 +130,17 @@ def test_maps_in_host_memory_stay_there(mode, monkeypatch):
     places = []
 
     def watch(name: str) -> None:
-        real = getattr(execute._Picture, name)
+        real = getattr(execute, name)
 
-        def watched(picture, *given):
-            real(picture, *given)
-            places.extend(kept.tensor.device.type for kept in (picture.x, picture.h) if kept.tensor is not None)
+        def watched(*given):
+            result = real(*given)
+            places.append(result.tensor.device.type)
+            return result
 
-        monkeypatch.setattr(execute._Picture, name, watched)
+        monkeypatch.setattr(execute, name, watched)
 
-    watch("_convolve")
-    watch("_attend")
+    watch("convolve")
+    watch("attend")
     run_tiled(mode, decoder_program, "host", "device", NVIDIA, tile=5000)
     assert set(places) == {"cpu"}
 

@@ -11,7 +11,8 @@ MODULES = [path for path in sorted(CORE.rglob("*.py")) if ">>> " in path.read_te
 
 
 def name_of(path):
-    return ".".join(path.relative_to(CORE.parent).with_suffix("").parts)
+    parts = path.relative_to(CORE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsdsr_core.tiles.plan import Tiling, choose_tiling, even_tiles, most_overlap, needs_tiles, official_tiles
+from tsdsr_core.tiles.plan import Tiling, choose_tiling, even_tiles, max_overlap, needs_tiles, official_tiles
 
 PUBLISHED = Tiling(64, 8, 2)
 even = st.integers(1, 200).map(lambda n: 2 * n)
@@ -126,7 +126,7 @@ def test_a_model_that_sees_less_than_the_published_tile_takes_its_share_of_the_o
 
 @given(even, even, st.none() | st.integers(8, 192).map(lambda n: 2 * n), st.data())
 def test_whatever_is_chosen_each_place_lies_in_few_tiles(height, width, tile, data):
-    overlap = 2 * data.draw(st.integers(0, most_overlap(tile or 64) // 2))
+    overlap = 2 * data.draw(st.integers(0, max_overlap(tile or 64) // 2))
     longest = data.draw(st.sampled_from([None, 32, 64, 128, 384]))
     settings = choose_tiling(tile, overlap, 2, longest, affordable=data.draw(st.sampled_from([16, 32, 64])))
     assert settings.tile - settings.overlap >= settings.tile / 4

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from tsdsr_core.train.dry_run import LiveBytes
 from tsdsr_core.vae import attention as vae_attention
 from tsdsr_core.vae.execute import kernels_of, run
-from tsdsr_core.vae.forms import NVIDIA, Kernels
+from tsdsr_core.vae.passes import NVIDIA, Kernels
 from tsdsr_core.vae.plan import plan_places
 from tsdsr_core.vae.program import decoder_program
 
@@ -35,7 +35,7 @@ def test_attention_is_exact(sharp, keys, kernels):
     reference = untiled(nn.Module.double(copy.deepcopy(vae)), z.double())
     usual = worst(untiled(vae, z), reference)
     program = decoder_program(vae)
-    plan = plan_places([op.form for op in program], 70, 67, 4, None, 40, "device", keys, kernels)
+    plan = plan_places([op.spec for op in program], 70, 67, 4, None, 40, "device", keys, kernels)
     assert plan.streamed == (keys == "host" or kernels != NVIDIA)
     assert worst(run(program, z, plan, CPU), reference) <= max(ROUNDING, 2 * usual)
 
@@ -98,7 +98,7 @@ def test_where_convolutions_write_out_neighbours_maps_stay_contiguous():
     program, z = decoder_program(vae), latents(9, 7).half()
     vae.decoder.conv_out.register_forward_pre_hook(lambda _, given: seen.add(given[0].is_contiguous()))
     for kernels in (NVIDIA, Kernels("fused", unfolded=True)):
-        plan = plan_places([op.form for op in program], 9, 7, 2, None, 24, "device", "device", kernels)
+        plan = plan_places([op.spec for op in program], 9, 7, 2, None, 24, "device", "device", kernels)
         run(program, z, plan, CPU)
         assert seen == {kernels.unfolded}
         seen.clear()

@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from tsdsr_core.sd3.config import VAE_CONFIG
-from tsdsr_core.vae import execute, norms
+from tsdsr_core.vae import feature_map, norms
 from tsdsr_core.vae.execute import plan_and_run
-from tsdsr_core.vae.forms import NVIDIA
+from tsdsr_core.vae.passes import NVIDIA
 from tsdsr_core.vae.program import decoder_program
 
 from ..pipeline.test_fake_cuda import forget
@@ -77,7 +77,7 @@ def test_groups_between_far_means():
 @pytest.mark.parametrize("tile", [24, 5000])
 def test_decoding_in_16_bits_is_no_worse_than_untiled(monkeypatch, size, tile):
     """As ``test_16_bit_is_no_worse_than_untiled``: SiLU rounds once."""
-    monkeypatch.setattr(execute, "norms_for", lambda device, dtype, layout: norms.TorchNorms(layout))
+    monkeypatch.setattr(feature_map, "norms_for", lambda device, dtype, layout: norms.TorchNorms(layout))
     vae = nn.Module.to(small_vae(8), torch.bfloat16)
     exact = nn.Module.double(nn.Module.to(small_vae(8), torch.bfloat16))
     z = latents(*size).bfloat16()
@@ -96,7 +96,7 @@ def test_residuals_added_while_enlarging(monkeypatch, tile, short):
     """Also where memory runs out in the pass that would leave the adding to the next, or in that one."""
     vae, z = small_vae(), latents(40, 24)
     reference = untiled(vae, z)
-    monkeypatch.setattr(execute, "norms_for", lambda *_: Late())
+    monkeypatch.setattr(feature_map, "norms_for", lambda *_: Late())
     if short:
         short_of_memory(vae.decoder.up_blocks[0].resnets[2].conv2, 30)
         short_of_memory(vae.decoder.up_blocks[1].upsamplers[0], 100)
@@ -159,7 +159,7 @@ def test_what_decoding_1024_moves(monkeypatch, kind, gigabytes, launches):
         def decode() -> Traffic:
             with Traffic() as traffic:
                 if kind == "triton":
-                    monkeypatch.setattr(execute, "norms_for", lambda *_: CountedTriton(traffic))
+                    monkeypatch.setattr(feature_map, "norms_for", lambda *_: CountedTriton(traffic))
                 program = decoder_program(vae)
                 plan_and_run(program, z, mode.device, lambda: 24 * 10**9, None, lambda: 10**12, kernels=NVIDIA)
             return traffic

@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsdsr_core.sd3.config import VAE_CONFIG
-from tsdsr_core.vae.forms import KEY_TILE, NVIDIA, Form, Kernels, tile_bytes
-from tsdsr_core.vae.plan import LEAST_TILE, PLACES, Region, plan_places, plan_tiles, reading
+from tsdsr_core.vae.passes import KEY_TILE, NVIDIA, Kernels, PassSpec, tile_bytes
+from tsdsr_core.vae.plan import MIN_TILE, PLACES, Region, input_region, plan_places, plan_tiles
 from tsdsr_core.vae.program import decoder_program, encoder_program
 
 GB = 10**9
-SAME, POINT = Form("map", 8, 8), Form("map", 8, 8, reach=0)
-UP, DOWN = Form("map", 8, 8, "up"), Form("map", 8, 8, "down")
+SAME, POINT = PassSpec("conv", 8, 8), PassSpec("conv", 8, 8, halo=0)
+UP, DOWN = PassSpec("conv", 8, 8, "up"), PassSpec("conv", 8, 8, "down")
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +19,14 @@ def sd3():
     """The passes of SD3's decoder and encoder."""
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE_CONFIG)
-    return {half: [op.form for op in program(vae)] for half, program in PROGRAMS.items()}
+    return {half: [op.spec for op in program(vae)] for half, program in PROGRAMS.items()}
 
 
 PROGRAMS = {"decoder": decoder_program, "encoder": encoder_program}
 
 
 @pytest.mark.parametrize(
-    ("form", "tile", "size", "area", "skip", "pad"),
+    ("spec", "tile", "size", "area", "skip", "pad"),
     [
         (SAME, (0, 0, 10, 10), (10, 10), (0, 0, 10, 10), (0, 0), (0, 0)),
         (SAME, (0, 4, 4, 8), (10, 10), (0, 3, 5, 9), (0, 1), (0, 0)),
@@ -40,8 +40,8 @@ PROGRAMS = {"decoder": decoder_program, "encoder": encoder_program}
         (DOWN, (2, 1, 4, 3), (11, 11), (4, 2, 9, 7), (0, 0), (0, 0)),
     ],
 )
-def test_what_a_tile_needs(form, tile, size, area, skip, pad):
-    need = reading(form, Region(*tile), *size)
+def test_what_a_tile_needs(spec, tile, size, area, skip, pad):
+    need = input_region(spec, Region(*tile), *size)
     assert (need.area, need.skip, need.pad) == (Region(*area), skip, pad)
 
 
@@ -103,7 +103,9 @@ def test_one_tile_where_everything_fits(sd3, side, free):
 
 def test_tiles_take_about_the_same_memory_at_every_width(sd3):
     plan = plan_tiles(sd3["decoder"], 1024, 1024, 2, int(2.5 * GB))
-    areas = {step.form.reads: step.tile_height * step.tile_width for step in plan.steps if step.form.kind == "open"}
+    areas = {
+        step.spec.in_channels: step.tile_height * step.tile_width for step in plan.steps if step.spec.kind == "residual_start"
+    }
     assert areas[128] > 1.5 * areas[256] > 2 * areas[512]
     assert min(areas.values()) >= 256**2, "the halo of one pixel costs under 2 %"
 
@@ -118,7 +120,7 @@ def test_a_strip_gets_long_tiles(sd3):
 @pytest.mark.parametrize("free", [None, 10**13])
 def test_no_tile_has_more_elements_than_kernels_can_count(sd3, tile, free):
     for step in plan_tiles(sd3["decoder"], 2048, 2048, 2, free, tile).steps:
-        assert max(step.form.reads, step.form.writes) * step.tile_height * step.tile_width < 2**31
+        assert max(step.spec.in_channels, step.spec.out_channels) * step.tile_height * step.tile_width < 2**31
 
 
 def test_the_cpu_tiles_too(sd3):
@@ -127,7 +129,7 @@ def test_the_cpu_tiles_too(sd3):
     assert max(step.tile_height for step in plan.steps) <= 512
 
 
-@pytest.mark.parametrize("tile", [LEAST_TILE, 20, 100, 5000])
+@pytest.mark.parametrize("tile", [MIN_TILE, 20, 100, 5000])
 @pytest.mark.parametrize("free", [None, 10 * GB])
 def test_the_user_chooses_the_greatest_tile(sd3, tile, free):
     for step in plan_tiles(sd3["encoder"], 520, 1000, 2, free, tile).steps:
@@ -150,7 +152,7 @@ def test_a_greatest_tile_takes_no_more_memory_than_none(sd3, free):
 def test_too_little_memory_still_gives_a_plan(sd3):
     plan = plan_tiles(sd3["decoder"], 512, 512, 2, 1000)
     assert (plan.maps, plan.keys, plan.fits) == ("host", "host", False)
-    assert {step.tile_height for step in plan.steps} == {LEAST_TILE}
+    assert {step.tile_height for step in plan.steps} == {MIN_TILE}
 
 
 @pytest.mark.parametrize(("free", "keys"), [(80 * GB, "device"), (1000, "host"), (None, "device")])
@@ -165,14 +167,14 @@ def test_given_places_are_kept(sd3):
     assert plan.device_bytes < GB
 
 
-@pytest.mark.parametrize("tile", [0, -16, LEAST_TILE - 1])
+@pytest.mark.parametrize("tile", [0, -16, MIN_TILE - 1])
 def test_impossible_tiles_are_named(sd3, tile):
-    with pytest.raises(ValueError, match=f"VAE tile {tile}: expected at least {LEAST_TILE}"):
+    with pytest.raises(ValueError, match=f"VAE tile {tile}: expected at least {MIN_TILE}"):
         plan_tiles(sd3["decoder"], 8, 8, 2, None, tile)
 
 
-def test_a_picture_of_which_nothing_is_left_is_named(sd3):
-    with pytest.raises(ValueError, match="a picture of 40x7 is too small"):
+def test_an_image_too_small_for_the_program_is_an_error(sd3):
+    with pytest.raises(ValueError, match="an image of 40x7 is too small"):
         plan_tiles(sd3["encoder"], 7, 40, 2)
 
 
@@ -186,29 +188,29 @@ def test_scores_and_columns_fit_into_memory_too(sd3, kernels, free):
     plan = plan_tiles(sd3["decoder"], 256, 256, 2, int(free * GB), kernels=kernels)
     assert plan.fits
     assert plan.device_bytes <= free * GB
-    step = next(step for step in plan.steps if step.form.kind == "queries")
+    step = next(step for step in plan.steps if step.spec.kind == "attention")
     keys = 256**2 if kernels.attention == "scored" and plan.keys == "device" else KEY_TILE**2
     assert 2 * 4 * step.tile_height * step.tile_width * keys <= min(free * GB, 2**30)
 
 
 def test_scores_are_counted(sd3):
     """Twice in fp32, before and after the softmax; of all keys, or of a tile of them."""
-    form = next(form for form in sd3["decoder"] if form.kind == "queries")
+    spec = next(spec for spec in sd3["decoder"] if spec.kind == "attention")
     fused, scored, streamed = (
-        tile_bytes(form, 10, 20, 2, "device", "device", Kernels(attention), 128**2)
+        tile_bytes(spec, 10, 20, 2, "device", "device", Kernels(attention), 128**2)
         for attention in ("fused", "scored", "streamed")
     )
     assert scored - fused >= 2 * 4 * 200 * 128**2
     assert streamed >= 2 * 4 * 200 * KEY_TILE**2
     assert streamed < scored
-    assert streamed == tile_bytes(form, 10, 20, 2, "device", "host", NVIDIA, 128**2), "as from host memory"
+    assert streamed == tile_bytes(spec, 10, 20, 2, "device", "host", NVIDIA, 128**2), "as from host memory"
 
 
-@pytest.mark.parametrize(("form", "columns"), [(SAME, 12 * 22), (UP, 16 * 26), (DOWN, 10 * 20), (POINT, 0)])
-def test_written_out_neighbours_are_counted(form, columns):
+@pytest.mark.parametrize(("spec", "columns"), [(SAME, 12 * 22), (UP, 16 * 26), (DOWN, 10 * 20), (POINT, 0)])
+def test_written_out_neighbours_are_counted(spec, columns):
     """Nine values of each channel for each pixel that a convolution gives; a pointwise one has none."""
     plain, unfolded = (
-        tile_bytes(form, 10, 20, 2, "device", "device", kernels, 200) for kernels in (NVIDIA, Kernels("fused", unfolded=True))
+        tile_bytes(spec, 10, 20, 2, "device", "device", kernels, 200) for kernels in (NVIDIA, Kernels("fused", unfolded=True))
     )
     assert unfolded - plain == 9 * 8 * columns * 2
 
@@ -218,4 +220,4 @@ def test_no_matrix_has_more_elements_than_kernels_can_count(sd3, kernels):
     for step in plan_tiles(sd3["decoder"], 1024, 1024, 2, 10**13, kernels=kernels).steps:
         area = step.tile_height * step.tile_width
         keys = {"streamed": KEY_TILE**2, "scored": step.height * step.width}[kernels.attention]
-        assert area * (keys if step.form.kind == "queries" else 9 * step.form.reads) < 2**31
+        assert area * (keys if step.spec.kind == "attention" else 9 * step.spec.in_channels) < 2**31

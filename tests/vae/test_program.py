@@ -4,7 +4,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from tsdsr_core.sd3.config import VAE_CONFIG
-from tsdsr_core.vae.program import Keys, Queries, decoder_program, encoder_program
+from tsdsr_core.vae.program import Attention, KeyValue, decoder_program, encoder_program
 from tsdsr_core.weights.vae_keys import weights_to_original
 
 SMALL = {
@@ -89,15 +89,19 @@ def test_every_weight_of_sd3_has_its_place(sd3):
 
 def test_the_decoder_of_sd3_in_passes(sd3):
     ops = decoder_program(sd3)
-    assert [op.form.kind for op in ops] == (
-        ["map", "open", "close", "keys", "queries", "open", "close"] + (["open", "close"] * 3 + ["map"]) * 4
+    assert [op.spec.kind for op in ops] == (
+        ["conv", "residual_start", "residual_end", "keys", "attention", "residual_start", "residual_end"]
+        + (["residual_start", "residual_end"] * 3 + ["conv"]) * 4
     )
     assert [op.name for op in ops[:3]] == [
         "decoder.conv_in", "decoder.mid_block.resnets.0.conv1", "decoder.mid_block.resnets.0.conv2",
     ]  # fmt: skip
-    assert sum(op.form.rescale == "up" for op in ops) == 3
-    assert [op.form.adds for op in ops if op.form.adds not in (0, op.form.writes)] == [512, 256], "two shortcuts"
-    unmeasured = [op.name for op in ops if not op.form.measured]
+    assert sum(op.spec.rescale == "up" for op in ops) == 3
+    assert [op.spec.residual_channels for op in ops if op.spec.residual_channels not in (0, op.spec.out_channels)] == [
+        512,
+        256,
+    ], "two shortcuts"
+    unmeasured = [op.name for op in ops if not op.spec.measured]
     assert unmeasured == [
         "decoder.mid_block.attentions.0", "decoder.up_blocks.0.resnets.2.conv2", "decoder.up_blocks.1.resnets.2.conv2",
         "decoder.up_blocks.2.resnets.2.conv2", "decoder.conv_out",
@@ -106,11 +110,14 @@ def test_the_decoder_of_sd3_in_passes(sd3):
 
 def test_the_encoder_of_sd3_in_passes(sd3):
     ops = encoder_program(sd3)
-    assert [op.form.kind for op in ops] == (
-        ["map"] + (["open", "close"] * 2 + ["map"]) * 3 + ["open", "close"] * 3 + ["keys", "queries", "open", "close", "map"]
+    assert [op.spec.kind for op in ops] == (
+        ["conv"]
+        + (["residual_start", "residual_end"] * 2 + ["conv"]) * 3
+        + ["residual_start", "residual_end"] * 3
+        + ["keys", "attention", "residual_start", "residual_end", "conv"]
     )
-    assert [op.form.rescale for op in ops if op.form.kind == "map"] == ["same", "down", "down", "down", "same"]
-    assert (ops[0].form.reads, ops[-1].form.writes) == (3, 32)
+    assert [op.spec.rescale for op in ops if op.spec.kind == "conv"] == ["same", "down", "down", "down", "same"]
+    assert (ops[0].spec.in_channels, ops[-1].spec.out_channels) == (3, 32)
 
 
 def test_both_layouts_give_the_same_passes():
@@ -118,7 +125,7 @@ def test_both_layouts_give_the_same_passes():
     original = original_vae(vae)
     for program in (decoder_program, encoder_program):
         ours, theirs = program(vae), program(original)
-        assert [op.form for op in ours] == [op.form for op in theirs]
+        assert [op.spec for op in ours] == [op.spec for op in theirs]
         for one, other in zip(ours, theirs, strict=True):
             for key, module in vars(one).items():
                 if isinstance(module, nn.Module):
@@ -128,8 +135,8 @@ def test_both_layouts_give_the_same_passes():
 def test_quantising_convolutions_come_first_and_last():
     vae = small_vae()
     first, last = decoder_program(vae)[0], encoder_program(vae)[-1]
-    assert (first.module, first.form.reach) == (vae.post_quant_conv, 0)
-    assert (last.module, last.form.reach) == (vae.quant_conv, 0)
+    assert (first.module, first.spec.halo) == (vae.post_quant_conv, 0)
+    assert (last.module, last.spec.halo) == (vae.quant_conv, 0)
 
 
 def test_attention_that_adds_nothing_is_left_out():
@@ -139,7 +146,7 @@ def test_attention_that_adds_nothing_is_left_out():
     out.weight.zero_()
     assert len(decoder_program(vae)) == count, "the bias still counts"
     out.bias.zero_()
-    assert not any(isinstance(op, Keys | Queries) for op in decoder_program(vae))
+    assert not any(isinstance(op, KeyValue | Attention) for op in decoder_program(vae))
     assert len(decoder_program(vae, patched=True)) == count, "a host may patch it when it loads it"
     out.weight_function = [lambda weight: weight + 1]  # a host patches it while it runs
     assert len(decoder_program(vae)) == count
@@ -166,7 +173,7 @@ def test_a_residual_block_with_a_shortcut_is_never_left_out():
 
 def test_an_autoencoder_without_attention():
     vae = small_vae(mid_block_add_attention=False)
-    assert not any(isinstance(op, Keys | Queries) for op in (*decoder_program(vae), *encoder_program(vae)))
+    assert not any(isinstance(op, KeyValue | Attention) for op in (*decoder_program(vae), *encoder_program(vae)))
 
 
 def test_nothing_is_changed():
@@ -247,10 +254,10 @@ def change(path: str, value):
 def test_what_is_not_understood_is_named(half, apply, named):
     vae = small_vae()
     apply(vae)
-    with pytest.raises(ValueError, match=f"the tiled VAE does not understand .*{named}"):
+    with pytest.raises(ValueError, match=f"the tiled VAE does not support .*{named}"):
         (decoder_program if half == "decoder" else encoder_program)(vae)
 
 
 def test_other_objects_are_refused():
-    with pytest.raises(ValueError, match="does not understand the autoencoder"):
+    with pytest.raises(ValueError, match="does not support the autoencoder"):
         decoder_program(object())

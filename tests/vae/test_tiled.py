@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tsdsr_core.sd3.config import VAE_CONFIG
 from tsdsr_core.train.dry_run import LiveBytes
-from tsdsr_core.vae import execute
+from tsdsr_core.vae import execute, feature_map
 from tsdsr_core.vae.execute import check_memory, plan_and_run, run
-from tsdsr_core.vae.forms import Kernels
-from tsdsr_core.vae.plan import LEAST_TILE, plan_places, plan_tiles
+from tsdsr_core.vae.passes import Kernels
+from tsdsr_core.vae.plan import MIN_TILE, plan_places, plan_tiles
 from tsdsr_core.vae.program import decoder_program, encoder_program
 from tsdsr_core.vae.statistics import measure, merge
 from tsdsr_core.vae.transfer import Mover, layout_of
@@ -28,7 +28,7 @@ ROUNDING = 4e-5
 
 
 def plan_for(program, x: Tensor, tile: int | None = None, maps="device", keys="device", free=None):
-    return plan_places([op.form for op in program], *x.shape[2:], x.dtype.itemsize, free, tile, maps, keys)
+    return plan_places([op.spec for op in program], *x.shape[2:], x.dtype.itemsize, free, tile, maps, keys)
 
 
 def tiled(program, x: Tensor, tile: int | None = None, maps="device", keys="device", **options) -> Tensor:
@@ -87,7 +87,7 @@ def test_encoding_equals_the_untiled_run(vae, size, tile, keys):
 
 
 @pytest.mark.rounding
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(LEAST_TILE, 60), st.sampled_from(["device", "host"]))
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(MIN_TILE, 60), st.sampled_from(["device", "host"]))
 @settings(max_examples=15, deadline=None)
 def test_any_size_and_tile(height, width, tile, keys):
     changes = {"block_out_channels": (8, 16), "down_block_types": ("DownEncoderBlock2D",) * 2}
@@ -194,7 +194,7 @@ def test_plain_pictures(vae, picture):
 def test_memory_is_checked_for_both_halves_before_any_work():
     vae, asked = small_vae(), []
     needed = {
-        (half, itemsize): plan_tiles([op.form for op in program(vae)], side, side, itemsize).device_bytes
+        (half, itemsize): plan_tiles([op.spec for op in program(vae)], side, side, itemsize).device_bytes
         for half, program, side in (("encoder", encoder_program, 512), ("decoder", decoder_program, 64))
         for itemsize in (2, 4)
     }
@@ -339,7 +339,7 @@ def test_a_host_may_know_other_words_for_it():
 def test_no_memory_for_the_least_tile_says_what_to_do():
     vae = small_vae()
     short_of_memory(vae, 4)
-    with pytest.raises(RuntimeError, match="one VAE tile of 9 pixels, the least there is: close other programs"):
+    with pytest.raises(RuntimeError, match="one VAE tile of 9 pixels, the smallest size: close other programs"):
         tiled(decoder_program(vae), latents(9, 7))
 
 
@@ -356,16 +356,16 @@ def test_maps_go_to_host_memory_where_the_devices_runs_out(monkeypatch, caplog, 
     """Of a tile, after it was cut in half twice, or of a map itself, for which smaller tiles would change nothing."""
     vae, z, released, places = small_vae(), latents(20, 24), [], []
     program, reference = decoder_program(vae), untiled(vae, z)
-    space = execute._Picture._space
+    space = feature_map.Workspace.allocate
 
-    def no_room(picture, step, place):
+    def no_room(workspace, step, place, x):
         places.append(place)
         if place == "device" and step.height > 100:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return space(picture, step, place)
+        return space(workspace, step, place, x)
 
     if short == "maps":
-        monkeypatch.setattr(execute._Picture, "_space", no_room)
+        monkeypatch.setattr(feature_map.Workspace, "allocate", no_room)
     else:
         short_of_memory(vae.decoder.up_blocks[3], 30)
     tile = 96 if short == "maps" else None
@@ -499,23 +499,23 @@ def test_counted_memory_is_the_planned_one(monkeypatch, half, side, maps, keys, 
     x = torch.empty(
         1, *((16, side // 8, side // 8) if half == "decoder" else (3, side, side)), dtype=torch.float16, device="meta"
     )
-    forms, kernels = [op.form for op in program], Kernels(attention)
-    plan = plan_places(forms, *x.shape[2:], 2, int(free * 1e9), None, maps, keys, kernels)
-    live, space, kept = LiveBytes([]), execute._Picture._space, []
+    specs, kernels = [op.spec for op in program], Kernels(attention)
+    plan = plan_places(specs, *x.shape[2:], 2, int(free * 1e9), None, maps, keys, kernels)
+    live, space, kept = LiveBytes([]), feature_map.Workspace.allocate, []
 
-    def marked_space(picture, step, place):
+    def marked_space(workspace, step, place, x):
         with _disable_current_modes():  # a map in host memory does not count
-            kept.append(space(picture, step, "device"))
+            kept.append(space(workspace, step, "device", x))
         live.known.add(kept[-1].untyped_storage()._cdata)
         return kept[-1]
 
-    def counted_space(picture, step, place):
-        return (marked_space if place == "host" else space)(picture, step, place)
+    def counted_space(workspace, step, place, x):
+        return (marked_space if place == "host" else space)(workspace, step, place, x)
 
-    monkeypatch.setattr(execute._Picture, "_space", counted_space)
+    monkeypatch.setattr(feature_map.Workspace, "allocate", counted_space)
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, key, value: torch.empty_like(query))
     if maps == "host":
-        monkeypatch.setattr(execute, "Mover", MetaMover)
+        monkeypatch.setattr(feature_map, "Mover", MetaMover)
         live.known.add(x.untyped_storage()._cdata)
     with live:
         result = run(program, x, plan, torch.device("meta"))

@@ -1,6 +1,7 @@
 """The metadata copied from an image to its result: ICC profile, EXIF, XMP and IPTC data, and PNG's texts and colour chunks.
 
-Damaged parts are left out and named; the image is processed anyway.  Size and orientation are adjusted to the result.
+``containers`` takes the parts out of JPEG, PNG and TIFF files and puts them back.  Damaged parts are left out and named; the
+image is processed anyway.  Size and orientation are adjusted to the result.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..system.memory import RanOut, is_out_of_memory
-from .plan import LEAST_TILE, TILE
+from .plan import MIN_TILE, TILE
 
 _LIVE_MAPS = 24
 """Token maps of the hidden width alive at once in one SD3 block (two streams, qkv, 4x feed-forward, residuals)."""
@@ -15,7 +15,7 @@ CPU_BATCH = 4
 """Tiles at once on a CPU: enough to fill the cores, no gain beyond."""
 LARGEST_BATCH = 16
 """Beyond this many tiles a GPU gains nothing."""
-TILE_SIDES = (TILE, 48, 32, LEAST_TILE)
+TILE_SIDES = (TILE, 48, 32, MIN_TILE)
 """Latent cells."""
 
 

@@ -26,7 +26,7 @@ OVERLAP = 8
 """Overlap of the published tiles, in latent cells."""
 STRETCH = 16
 """Cells by which an automatic tile may be longer than the published one."""
-LEAST_TILE = 16
+MIN_TILE = 16
 """Minimum side of a tile in latent cells; smaller tiles have too little context."""
 _PROMPT_TOKENS = 333
 """Tokens of the prompt, which each tile processes besides its own."""
@@ -121,9 +121,9 @@ def choose_tiling(
     TilePlan(height=128, width=256, tile_height=68, tile_width=70, tops=(0, 60), lefts=(0, 62, 124, 186))
     """
     side = TILE if tile is None else tile
-    if overlap > most_overlap(side):
+    if overlap > max_overlap(side):
         raise InputError(
-            f"tile overlap {overlap}: expected at most {most_overlap(side)}, three quarters of the tile size {side}; more "
+            f"tile overlap {overlap}: expected at most {max_overlap(side)}, three quarters of the tile size {side}; more "
             "would take far too many tiles"
         )
     automatic = tile is None and not official
@@ -132,7 +132,7 @@ def choose_tiling(
     return chosen.with_tile(min(chosen.tile, affordable)) if automatic else chosen
 
 
-def most_overlap(tile: int) -> int:
+def max_overlap(tile: int) -> int:
     """Maximum overlap for a tile size, in latent cells: three quarters of the tile.
 
     Without a limit, an overlap of 126 with tiles of 128 would divide a latent of 512x512 cells into 37 249 tiles.

@@ -1,7 +1,16 @@
-"""Where the maps of a tiled VAE live and how large its tiles are: whole numbers only, so that a table can check it.
+"""Where the feature maps of a tiled VAE are and how large its tiles are. It computes with whole numbers only.
 
-A pass runs one convolution (or one half of the attention) over the whole picture, tile by tile. It reads one map, the
-full activation before it, and writes another.
+A pass runs one convolution (or one half of the attention) over the whole image, tile by tile. It reads one map, the full
+activation before it, and writes another. A tile of the result needs its own region of the input and a halo around it::
+
+    +----------------------------+    input map, height x width
+    |   +----------------+       |
+    |   | halo           |       |    input region: what is read, cropped at the border of the image,
+    |   |   +--------+   |       |    where the convolution's own zeros follow as in the untiled run
+    |   |   |  tile  |   |       |
+    |   |   +--------+   |       |    skip: rows and columns of the convolution's result that belong to the halo
+    |   +----------------+       |
+    +----------------------------+
 """
 
 from __future__ import annotations
@@ -11,24 +20,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
-from .forms import NVIDIA, Form, Kernels, Place, columns, scores, tile_bytes
+from .passes import NVIDIA, Kernels, PassSpec, Place, score_values, tile_bytes, unfolded_values
 
 PLACES: tuple[tuple[Place, Place], ...] = (("device", "device"), ("host", "device"), ("host", "host"))
-"""Of the maps and of the attention's keys and values, the quickest first."""
+"""Places of the maps and of the attention's keys and values, the fastest first."""
 
-LEAST_TILE = 16
-"""Side in pixels of a map; below it nearly all work goes into the halo."""
+MIN_TILE = 16
+"""Minimum side of a tile in pixels of its map; in smaller ones nearly all work would be for the halo."""
 _TILE_BYTES = 512 * 2**20
-"""Working set of one tile on a device, where a map does not fit as one: beyond it the halo costs under 1 %."""
+"""Working set of one tile on a device if a map does not fit as one tile; with larger tiles less than 1 % is gained."""
 _SCRATCH_BYTES = 2 * 2**30
-"""On a device a map is one tile wherever that fits; up to this working set where the kernels write out scores or neighbours."""
+"""On a device a map is one tile if that fits; if kernels store scores or unfolded inputs, only up to this working set."""
 _CPU_TILE_BYTES = 64 * 2**20
-"""On the CPU: tensors of such tiles come from memory that the allocator keeps, so that no pages need be made anew."""
-_LEAST_SHARE = 128 * 2**20
-"""Room for a tile that must be left beside the maps, or the maps go to host memory."""
+"""On the CPU: the allocator reuses memory of this size, so that no new pages are needed for each tile."""
+_MIN_FREE = 128 * 2**20
+"""Memory that must be left for a tile beside the maps; else the maps go to host memory."""
 HEADROOM = 0.8
-"""Share of the free memory that is planned with; the rest is for the workspaces of the convolutions."""
-_MOST_ELEMENTS = 2**31 - 1
+"""Share of the free memory that is used; the rest is for the workspaces of convolution kernels."""
+_MAX_ELEMENTS = 2**31 - 1
 """Kernels count the elements of a tile in 32 bits."""
 
 
@@ -56,34 +65,31 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a tile of a pass's result needs of the map that the pass reads."""
+class InputRegion:
+    """What a tile of a pass's result needs of the map that the pass reads: the tile and its halo."""
 
     area: Region
     skip: tuple[int, int]
-    """Rows and columns that the convolution gives before the tile, for want of neighbours there."""
+    """Rows and columns of the convolution's result before the tile, which are cut off."""
     pad: tuple[int, int]
-    """Rows and columns of zeros beyond the picture that a convolution of stride 2 takes."""
+    """Rows and columns of zeros beyond the image that a convolution of stride 2 needs."""
 
 
-def reading(form: Form, tile: Region, height: int, width: int) -> Reading:
-    """The part of a ``height`` x ``width`` map that ``tile`` of the result needs; nothing beyond the picture's borders.
-
-    At a border the area ends and the convolution's own zeros follow, as they do for the whole picture.
-    """
-    top, bottom, skip_rows, pad_rows = _span(form, tile.top, tile.bottom, height)
-    left, right, skip_columns, pad_columns = _span(form, tile.left, tile.right, width)
-    return Reading(Region(top, left, bottom, right), (skip_rows, skip_columns), (pad_rows, pad_columns))
+def input_region(spec: PassSpec, tile: Region, height: int, width: int) -> InputRegion:
+    """The part of a ``height`` x ``width`` map that ``tile`` of the result needs, without what is beyond the image."""
+    top, bottom, skip_rows, pad_rows = _span(spec, tile.top, tile.bottom, height)
+    left, right, skip_columns, pad_columns = _span(spec, tile.left, tile.right, width)
+    return InputRegion(Region(top, left, bottom, right), (skip_rows, skip_columns), (pad_rows, pad_columns))
 
 
-def _span(form: Form, start: int, end: int, length: int) -> tuple[int, int, int, int]:
-    if form.rescale == "down":  # kernel 3, stride 2, one zero after the last pixel
+def _span(spec: PassSpec, start: int, end: int, length: int) -> tuple[int, int, int, int]:
+    if spec.rescale == "down":  # kernel 3, stride 2, one zero after the last pixel
         return 2 * start, min(length, 2 * end + 1), 0, max(0, 2 * end + 1 - length)
-    if form.rescale == "up":
+    if spec.rescale == "up":
         first = max(0, start // 2 - 1)
         return first, min(length, -(-end // 2) + 1), start - 2 * first, 0
-    first = max(0, start - form.reach)
-    return first, min(length, end + form.reach), start - first, 0
+    first = max(0, start - spec.halo)
+    return first, min(length, end + spec.halo), start - first, 0
 
 
 def _cuts(start: int, end: int, tile: int) -> list[tuple[int, int]]:
@@ -94,7 +100,7 @@ def _cuts(start: int, end: int, tile: int) -> list[tuple[int, int]]:
 class Step:
     """One pass: the size of its result and of its tiles, in pixels of the result."""
 
-    form: Form
+    spec: PassSpec
     height: int
     width: int
     tile_height: int
@@ -112,18 +118,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one picture goes through a program."""
+    """How one image goes through a program."""
 
     height: int
     width: int
     maps: Place
     keys: Place
-    """Where keys and values of the attention lie."""
+    """Where keys and values of the attention are."""
     steps: tuple[Step, ...]
     device_bytes: int
-    """The most that maps and tiles take on the device, without weights and the workspaces of single kernels."""
+    """Maximum memory of maps and tiles on the device, without weights and workspaces of kernels."""
     host_bytes: int
-    """The most that maps take in host memory; 0 where they live on the device."""
+    """Maximum memory of maps in host memory; 0 if they are on the device."""
     fits: bool
     """Whether that is within the free memory."""
     kernels: Kernels
@@ -140,99 +146,107 @@ class Plan:
 
 
 def plan_tiles(
-    forms: Sequence[Form], height: int, width: int, itemsize: int, free: int | None = None, tile: int | None = None,
+    specs: Sequence[PassSpec], height: int, width: int, itemsize: int, free: int | None = None, tile: int | None = None,
     places: Sequence[tuple[Place, Place]] = PLACES, kernels: Kernels = NVIDIA,
 ) -> Plan:  # fmt: skip
-    """Choose the place of the maps and the tiles of each pass for one picture.
+    """Choose the place of the maps and the tiles of each pass for one image.
 
     Args:
-        height, width: of what goes in: latent cells for a decoder, pixels for an encoder.
+        height, width: of the input: latent cells for a decoder, pixels for an encoder.
         itemsize: bytes of one value.
-        free: bytes that maps and tiles may take on the device; None where there is no limit of a device, as on the CPU.
-        tile: greatest side of any tile, in pixels of the map that it is part of; where memory is short they are smaller still.
-            None for what suits the memory.
-        places: the first of them that fits is taken, or the last.
+        free: bytes that maps and tiles may take on the device; None if the device sets no limit, as on the CPU.
+        tile: maximum side of a tile in pixels of its map; tiles are smaller if memory is limited. None for automatic.
+        places: the first of them that fits is chosen, or the last.
         kernels: of the device.
 
     Raises:
-        InputError: for an impossible tile, or a picture of which the program leaves nothing.
+        InputError: for an impossible tile size, or an image that is too small for the program.
     """
     check_tile(tile)
     for maps, keys in places[:-1]:
-        plan = plan_places(forms, height, width, itemsize, free, tile, maps, keys, kernels)
+        plan = plan_places(specs, height, width, itemsize, free, tile, maps, keys, kernels)
         if plan.fits:
             return plan
-    return plan_places(forms, height, width, itemsize, free, tile, *places[-1], kernels)
+    return plan_places(specs, height, width, itemsize, free, tile, *places[-1], kernels)
 
 
 def check_tile(tile: int | None) -> None:
-    """Raise ``InputError`` for a wanted side of tiles that is too small."""
-    if tile is not None and tile < LEAST_TILE:
-        raise InputError(f"VAE tile {tile}: expected at least {LEAST_TILE} pixels")
+    """Raise ``InputError`` for a tile size that is too small; None is automatic."""
+    if tile is not None and tile < MIN_TILE:
+        raise InputError(f"VAE tile {tile}: expected at least {MIN_TILE} pixels")
 
 
 def plan_places(
-    forms: Sequence[Form], height: int, width: int, itemsize: int, free: int | None, tile: int | None, maps: Place, keys: Place,
-    kernels: Kernels = NVIDIA,
+    specs: Sequence[PassSpec], height: int, width: int, itemsize: int, free: int | None, tile: int | None, maps: Place,
+    keys: Place, kernels: Kernels = NVIDIA,
 ) -> Plan:  # fmt: skip
-    """``plan_tiles`` for given places; counts the maps that live during each pass, as ``vae_tiled`` makes and drops them."""
+    """``plan_tiles`` for given places; counts the maps that exist during each pass, as ``execute`` allocates and frees them."""
     usable = None if free is None else int(free * HEADROOM)
-    sizes = list(itertools.accumulate(forms, lambda size, form: form.size(*size), initial=(height, width)))
+    sizes = list(itertools.accumulate(specs, lambda size, spec: spec.size(*size), initial=(height, width)))
     if min(min(size) for size in sizes) < 1:
-        raise InputError(f"a picture of {width}x{height} is too small for this VAE")
-    ends = forms[0].reads * height * width + forms[-1].writes * sizes[-1][0] * sizes[-1][1]  # values of input and result
-    x, h, pair = forms[0].reads, 0, 0  # x, h: channels of the maps; pair: bytes of keys and values
+        raise InputError(f"an image of {width}x{height} is too small for this VAE")
+    ends = (
+        specs[0].in_channels * height * width + specs[-1].out_channels * sizes[-1][0] * sizes[-1][1]
+    )  # values of input and result
+    x, h, pair = specs[0].in_channels, 0, 0  # x, h: channels of the maps; pair: bytes of keys and values
     steps: list[Step] = []
     peaks, fits = {"device": 0, "host": 0}, True
-    for form, before, size in zip(forms, sizes, sizes[1:], strict=False):
-        if form.kind == "keys":
-            pair = 2 * form.writes * size[0] * size[1] * itemsize
-        in_place = form.kind in ("keys", "queries") or (form.kind == "close" and form.writes <= x)
-        target = 0 if in_place else form.writes * size[0] * size[1] * itemsize
+    for spec, before, size in zip(specs, sizes, sizes[1:], strict=False):
+        if spec.kind == "keys":
+            pair = 2 * spec.out_channels * size[0] * size[1] * itemsize
+        in_place = spec.kind in ("keys", "attention") or (spec.kind == "residual_end" and spec.out_channels <= x)
+        target = 0 if in_place else spec.out_channels * size[0] * size[1] * itemsize
         held = {"device": 0, "host": 0}
         held[maps] += (ends + (x + h) * before[0] * before[1]) * itemsize + target
         held[keys] += pair
 
-        def bytes_of(tile_height: int, tile_width: int, form: Form = form, tokens: int = size[0] * size[1]) -> int:
-            return tile_bytes(form, tile_height, tile_width, itemsize, maps, keys, kernels, tokens)
+        def bytes_of(tile_height: int, tile_width: int, spec: PassSpec = spec, tokens: int = size[0] * size[1]) -> int:
+            return tile_bytes(spec, tile_height, tile_width, itemsize, maps, keys, kernels, tokens)
 
         left = None if usable is None else usable - held["device"]
-        step = Step(form, *size, *_tile_size(form, size, left, maps, bytes_of, tile, kernels))
+        step = Step(spec, *size, *_tile_size(spec, size, left, maps, bytes_of, tile, kernels))
         steps.append(step)
-        adopted = step.whole and maps == "device" and form.kind in ("map", "open", "close")  # the tile becomes the map
+        adopted = (
+            step.whole and maps == "device" and spec.kind in ("conv", "residual_start", "residual_end")
+        )  # the tile becomes the map
         working_set = bytes_of(step.tile_height, step.tile_width) - target * adopted
         if left is not None:
-            cramped = maps == "device" and not step.whole and left < _LEAST_SHARE
+            cramped = maps == "device" and not step.whole and left < _MIN_FREE
             fits = fits and working_set <= left and not cramped
         peaks = {place: max(peaks[place], held[place] + working_set * (place == "device")) for place in peaks}
-        if form.kind == "open":
-            h = form.writes
-        elif form.kind in ("map", "close"):
-            x, h = x if in_place and not adopted else form.writes, 0
-        elif form.kind == "queries":
+        if spec.kind == "residual_start":
+            h = spec.out_channels
+        elif spec.kind in ("conv", "residual_end"):
+            x, h = x if in_place and not adopted else spec.out_channels, 0
+        elif spec.kind == "attention":
             pair = 0
     return Plan(height, width, maps, keys, tuple(steps), peaks["device"], peaks["host"], fits, kernels)
 
 
 def _tile_size(
-    form: Form, size: tuple[int, int], left: int | None, maps: Place, bytes_of: Callable[[int, int], int], tile: int | None,
+    spec: PassSpec, size: tuple[int, int], left: int | None, maps: Place, bytes_of: Callable[[int, int], int], tile: int | None,
     kernels: Kernels,
 ) -> tuple[int, int]:  # fmt: skip
-    """Height and width of the largest tiles that keep within ``left`` bytes and, where given, have no side above ``tile``."""
+    """Height and width of the largest tiles that fit into ``left`` bytes and have no side above ``tile``, if given."""
     longest = max(size) if tile is None else min(tile, max(size))
 
     def possible(tile_height: int, tile_width: int, budget: int) -> bool:
-        scale = 2 if form.rescale == "down" else 1
-        wide = max(form.reads * scale**2, form.writes, columns(form, kernels), scores(form, kernels, size[0] * size[1]))
+        scale = 2 if spec.rescale == "down" else 1
+        wide = max(
+            spec.in_channels * scale**2,
+            spec.out_channels,
+            unfolded_values(spec, kernels),
+            score_values(spec, kernels, size[0] * size[1]),
+        )
         elements = wide * (tile_height + 4) * (tile_width + 4)
-        return bytes_of(tile_height, tile_width) <= budget and elements <= _MOST_ELEMENTS
+        return bytes_of(tile_height, tile_width) <= budget and elements <= _MAX_ELEMENTS
 
     if left is not None and maps == "device" and longest == max(size):
-        scratch = kernels.unfolded or scores(form, kernels, size[0] * size[1])
+        scratch = kernels.unfolded or score_values(spec, kernels, size[0] * size[1])
         if possible(*size, min(left, _SCRATCH_BYTES) if scratch else left):
             return size
     budget = _CPU_TILE_BYTES if left is None else min(left, _TILE_BYTES)
-    side = LEAST_TILE
+    side = MIN_TILE
     while side < longest:
         wider = min(side + 16, longest)
         if not possible(min(wider, size[0]), min(wider, size[1]), budget):
@@ -243,6 +257,6 @@ def _tile_size(
 
 
 def _even_side(length: int, side: int) -> int:
-    """At most ``side``, for as many tiles, but about equal ones; few sizes, since kernels are set up for each."""
+    """At most ``side``, for as many tiles of about equal size; a multiple of 8, since kernels are set up for each size."""
     count = -(-length // side)
     return length if count == 1 else min(side, -(-length // count // 8) * 8)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import InputError
-from .forms import Form
+from .passes import PassSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Conv:
     """A convolution; where there is a norm, of the normalised input after SiLU."""
 
     name: str
-    form: Form
+    spec: PassSpec
     module: nn.Module
     norm: nn.GroupNorm | None = None
     shortcut: nn.Module | None = None
@@ -31,28 +31,28 @@ class Conv:
 
 
 @dataclass(frozen=True, eq=False)
-class Keys:
-    """Keys and values of an attention with one head; the projections are linear or 1x1 convolutions."""
+class KeyValue:
+    """KeyValue and values of an attention with one head; the projections are linear or 1x1 convolutions."""
 
     name: str
-    form: Form
+    spec: PassSpec
     norm: nn.GroupNorm
     key: nn.Module
     value: nn.Module
 
 
 @dataclass(frozen=True, eq=False)
-class Queries:
-    """Queries, attention and the output projection, added to x."""
+class Attention:
+    """Attention, attention and the output projection, added to x."""
 
     name: str
-    form: Form
+    spec: PassSpec
     norm: nn.GroupNorm
     query: nn.Module
     out: nn.Module
 
 
-Op = Conv | Keys | Queries
+Op = Conv | KeyValue | Attention
 Program = tuple[Op, ...]
 
 
@@ -100,7 +100,7 @@ def decoder_program(vae: Any, patched: bool = False) -> Program:
         patched: whether a host will change weights before it runs them: what adds nothing now may then.
 
     Raises:
-        InputError: names the first module that is not understood.
+        InputError: names the first module that is not supported.
     """
     return _measured([*_pointwise(vae, "post_quant_conv"), *_half(vae, "decoder", patched)])
 
@@ -112,7 +112,7 @@ def encoder_program(vae: Any, patched: bool = False) -> Program:
         patched: as for ``decoder_program``.
 
     Raises:
-        InputError: names the first module that is not understood.
+        InputError: names the first module that is not supported.
     """
     return _measured([*_half(vae, "encoder", patched), *_pointwise(vae, "quant_conv")])
 
@@ -126,9 +126,9 @@ def plain(module: Any) -> Any:
 
 def _measured(ops: list[Op]) -> Program:
     """Ask each pass for mean and variance of its result where the next one normalises that."""
-    wanted = [*(op.form.normed for op in ops[1:]), False]
+    wanted = [*(op.spec.normalised for op in ops[1:]), False]
     return tuple(
-        replace(op, form=replace(op.form, measured=want and op.form.kind != "keys"))
+        replace(op, spec=replace(op.spec, measured=want and op.spec.kind != "keys"))
         for op, want in zip(ops, wanted, strict=True)
     )
 
@@ -144,7 +144,7 @@ def _half(vae: Any, half: Literal["encoder", "decoder"], patched: bool) -> list[
     root = _child(vae, "the autoencoder", half)
     layout = next((layout for layout in _LAYOUTS if hasattr(root, layout.levels[half])), None)
     if layout is None:
-        raise _not_understood(half, root, "it has no levels of a known name")
+        raise _unsupported(half, root, "it has no levels of a known name")
     levels, mid = layout.levels[half], layout.mid[0].partition(".")[0]
     _check(half, root, ("conv_in", levels, mid, layout.norm_out, "conv_act", "conv_out"))
     middle = _middle(root, half, layout, patched)
@@ -166,7 +166,7 @@ def _middle(root: Any, half: str, layout: _Layout, patched: bool) -> list[Op]:
     _check(f"{half}.{parent}", middle, allowed)
     for name in allowed & {"resnets", "attentions"}:
         if len(getattr(middle, name)) != {"resnets": 2, "attentions": 1}[name]:
-            raise _not_understood(f"{half}.{parent}.{name}", middle, f"it has {len(getattr(middle, name))} parts")
+            raise _unsupported(f"{half}.{parent}.{name}", middle, f"it has {len(getattr(middle, name))} parts")
     return [
         *_resnet(f"{half}.{before}", _child(root, half, before), layout, patched),
         *_attention(f"{half}.{attention}", _find(root, attention), layout, patched),
@@ -186,10 +186,10 @@ def _level(name: str, block: Any, layout: _Layout, half: Literal["encoder", "dec
         conv = _child(sampler, f"{name}.{resample}", "conv")
         if half == "encoder":
             op = _conv(f"{name}.{resample}.conv", conv, stride=2, padding=0)
-            ops.append(replace(op, form=replace(op.form, rescale="down")))
+            ops.append(replace(op, spec=replace(op.spec, rescale="down")))
         else:
             op = _conv(f"{name}.{resample}.conv", conv)
-            ops.append(replace(op, form=replace(op.form, rescale="up")))
+            ops.append(replace(op, spec=replace(op.spec, rescale="up")))
     return ops
 
 
@@ -205,8 +205,10 @@ def _resnet(name: str, block: Any, layout: _Layout, patched: bool) -> list[Op]:
     if shortcut is None and not patched and is_zero(second.module):
         return []
     return [
-        replace(first, form=replace(first.form, kind="open")),
-        replace(second, form=replace(second.form, kind="close", adds=first.form.reads), shortcut=shortcut),
+        replace(first, spec=replace(first.spec, kind="residual_start")),
+        replace(
+            second, spec=replace(second.spec, kind="residual_end", residual_channels=first.spec.in_channels), shortcut=shortcut
+        ),
     ]
 
 
@@ -223,8 +225,8 @@ def _attention(name: str, attention: Any, layout: _Layout, patched: bool) -> lis
         if not isinstance(module, nn.Linear):
             _conv(f"{name}.{part}", module, 1)
     width = norm.num_channels
-    form = Form("keys", width, width, reach=0, normed=True)
-    return [Keys(name, form, norm, key, value), Queries(name, replace(form, kind="queries"), norm, query, out)]
+    spec = PassSpec("keys", width, width, halo=0, normalised=True)
+    return [KeyValue(name, spec, norm, key, value), Attention(name, replace(spec, kind="attention"), norm, query, out)]
 
 
 def _conv(
@@ -233,17 +235,17 @@ def _conv(
     """A pass over x; checks that the convolution has this geometry and takes zeros beyond the border."""
     padding = kernel // 2 if padding is None else padding
     if not isinstance(module, nn.Conv2d):
-        raise _not_understood(name, module, "expected a Conv2d")
+        raise _unsupported(name, module, "expected a Conv2d")
     found = module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode
     if found != ((kernel, kernel), (stride, stride), (padding, padding), (1, 1), "zeros"):
-        raise _not_understood(name, module, f"kernel, stride, padding, dilation and padding mode are {found}")
-    form = Form("map", module.in_channels, module.out_channels, reach=kernel // 2, normed=norm is not None)
-    return Conv(name, form, module, norm)
+        raise _unsupported(name, module, f"kernel, stride, padding, dilation and padding mode are {found}")
+    spec = PassSpec("conv", module.in_channels, module.out_channels, halo=kernel // 2, normalised=norm is not None)
+    return Conv(name, spec, module, norm)
 
 
 def _norm(name: str, module: Any) -> nn.GroupNorm:
     if not isinstance(module, nn.GroupNorm):
-        raise _not_understood(name, module, "expected a GroupNorm")
+        raise _unsupported(name, module, "expected a GroupNorm")
     return module
 
 
@@ -269,19 +271,19 @@ def is_zero(module: nn.Module) -> bool:
 def _check(name: str, module: Any, parts: Any) -> None:
     """Raise ``InputError`` where ``module`` has parts or settings that would be left out."""
     if not isinstance(module, nn.Module):
-        raise _not_understood(name, module, "expected a module")
+        raise _unsupported(name, module, "expected a module")
     for part, child in module.named_children():
         child = plain(child)
         if isinstance(child, nn.ModuleList) and not len(child):
             continue
         if part not in parts:
-            raise _not_understood(f"{name}.{part}", child, "there is no place for it")
+            raise _unsupported(f"{name}.{part}", child, "there is no place for it")
         if part in ("nonlinearity", "swish", "conv_act") and not isinstance(child, nn.SiLU):
-            raise _not_understood(f"{name}.{part}", child, "expected SiLU")
+            raise _unsupported(f"{name}.{part}", child, "expected SiLU")
     for setting, value in _EXPECTED.items():
         found = getattr(module, setting, value)
         if found != value and not isinstance(found, nn.Module):
-            raise _not_understood(name, module, f"{setting} is {found!r}")
+            raise _unsupported(name, module, f"{setting} is {found!r}")
 
 
 def _find(module: Any, path: str) -> Any:
@@ -295,10 +297,10 @@ def _find(module: Any, path: str) -> Any:
 def _child(module: Any, owner: str, path: str) -> Any:
     found = _find(module, path)
     if found is None:
-        raise _not_understood(f"{owner}.{path}", found, "it is missing")
+        raise _unsupported(f"{owner}.{path}", found, "it is missing")
     return found
 
 
-def _not_understood(name: str, module: Any, why: str) -> InputError:
+def _unsupported(name: str, module: Any, why: str) -> InputError:
     kind = "" if module is None else f" ({type(module).__name__})"
-    return InputError(f"the tiled VAE does not understand {name}{kind}: {why}")
+    return InputError(f"the tiled VAE does not support {name}{kind}: {why}")

@@ -118,7 +118,7 @@ def test_too_little_memory_for_decoding_is_said_before_any_work(host):
     """Enough to encode and for the step; what the host keeps is asked for before that is said."""
     vae = load_builtin(torch.device("cpu"), torch.float32).vae
     encoder, decoder = (
-        plan_tiles([op.form for op in program(vae)], side, side, 4).device_bytes
+        plan_tiles([op.spec for op in program(vae)], side, side, 4).device_bytes
         for program, side in ((encoder_program, 512), (decoder_program, 128))
     )
     assert decoder > 1.1 * encoder
@@ -133,7 +133,7 @@ def test_a_half_known_to_run_in_fp32_is_asked_for_in_fp32(host):
     assert result.status == "success", result.error
     assert said
     vae = load_builtin(torch.device("cpu"), torch.float32).vae
-    half, whole = (plan_tiles([op.form for op in decoder_program(vae)], 256, 256, size).device_bytes for size in (2, 4))
+    half, whole = (plan_tiles([op.spec for op in decoder_program(vae)], 256, 256, size).device_bytes for size in (2, 4))
     refused_for_memory(host, 512, (half + whole) // 2 // 10**6, checkpoint=name, vae_precision="fp16")
 
 

@@ -1,0 +1,62 @@
+"""A convolution over a whole feature map, tile by tile; its norm, SiLU, rescaling and residual are part of the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .feature_map import FeatureMap, Workspace, covers, crop
+from .plan import Region, Step, input_region
+from .program import Conv
+
+
+def convolve(
+    work: Workspace, op: Conv, step: Step, source: FeatureMap, x: FeatureMap, target: FeatureMap, eps: float | None,
+    doubled_next: bool,
+) -> FeatureMap:  # fmt: skip
+    """Run ``op`` and return ``target`` with its result.
+
+    Args:
+        source: the map to read: x, or the hidden map at the end of a residual block.
+        x: the map that the result is added to at the end of a residual block.
+        target: with a tensor, or without one to have memory allocated.
+        eps: of the norm that follows; None for no statistics.
+        doubled_next: whether the next pass enlarges the result.
+    """
+    adds_x = op.spec.kind == "residual_end"
+    scale_shift = None if op.norm is None else work.scale_shift(op.norm, source)
+    may_defer = doubled_next and work.norms.adds_late and work.plan.maps == "device"
+    if target.tensor is None and not (step.whole and work.plan.maps == "device"):
+        target.tensor = work.allocate(step, work.plan.maps, x.tensor)  # here, since smaller tiles would not help a map to fit
+
+    def process(region: Region) -> Callable[[], None]:
+        tile = _convolved(work, op, region, source, scale_shift)
+        residual = None
+        if adds_x:
+            residual = work.mover.read(x.crop(region))
+            if op.shortcut is not None:
+                residual = op.shortcut(residual.contiguous(memory_format=work.layout))
+            if may_defer and covers(region, step):
+                target.pending_residual, residual = residual, None
+        return work.store(step, target, region, *work.norms.add(tile, residual, eps), x)
+
+    work.tiles.each(step.regions, process)
+    return target
+
+
+def _convolved(
+    work: Workspace, op: Conv, region: Region, source: FeatureMap, scale_shift: tuple[Tensor, Tensor] | None
+) -> Tensor:  # fmt: skip
+    """The convolution's result for ``region``."""
+    needed = input_region(op.spec, region, *source.tensor.shape[2:])
+    tile = work.mover.read(source.crop(needed.area))
+    tile = tile.contiguous(memory_format=work.layout) if scale_shift is None else work.norms.apply(tile, *scale_shift, True)
+    if op.spec.rescale == "up":
+        residual = source.pending_residual
+        tile = work.norms.double(tile, None if residual is None else crop(residual, needed.area))
+    elif any(needed.pad):
+        tile = F.pad(tile, (0, needed.pad[1], 0, needed.pad[0]))
+    tile = op.module(tile)[:, :, needed.skip[0] :, needed.skip[1] :]
+    return tile[:, :, : region.height, : region.width]

@@ -102,11 +102,16 @@ class Upscale(io.ComfyNode):
                 lambda z: sampling.run_one_step(model, conditioning, z, options, progress=progress, used=report.tiles),
             ),
             decode=report.timed("decode", lambda latents: host_vae.decode(vae, latents, progress, vae_tile or None)),
+            pictures=running.pictures(vae.patcher),
         )
         result = rgb.new_empty(len(rgb), *target, 3 if alpha is None else 4)
+
+        def finished(restored: torch.Tensor, *alpha: torch.Tensor) -> torch.Tensor:
+            return inputs.to_host(restored, enlarge_alpha(alpha[0], target) if alpha else None)
+
         for index, restored in enumerate(run_stages(rgb, plan, stages, options, report.progress)):
-            larger = None if alpha is None else enlarge_alpha(alpha[index : index + 1], target)
-            result[index : index + 1] = inputs.to_host(restored, larger)
+            own = () if alpha is None else (alpha[index : index + 1],)
+            result[index : index + 1] = stages.pictures.run(*target, finished, restored, *own)
             if len(rgb) > 1:
                 running.show_text(cls, f"{index + 1}/{len(rgb)} images")
         given = {"tile": tile, "tile_batch": tile_batch, **color_fix}

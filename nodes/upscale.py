@@ -15,6 +15,7 @@ from . import inputs
 from .checks import checked
 from .host import models, running, sampling
 from .host import vae as host_vae
+from .host.draft import Draft
 from .host.schema import field, schema
 from .report import Report
 from .types import Conditioning, Model, Vae
@@ -67,6 +68,7 @@ class Upscale(io.ComfyNode):
                 inputs.colour_fix("the input", automatic="as suits the model"),
                 *inputs.tiling(),
                 inputs.vae_tile(),
+                inputs.draft(),
             ],
             outputs=[io.Image.Output()],
             hidden=[io.Hidden.unique_id],
@@ -77,11 +79,12 @@ class Upscale(io.ComfyNode):
     @checked
     def execute(
         cls, image: torch.Tensor, model: Model, vae: Vae, conditioning: Conditioning, size: dict[str, Any], strength: float,
-        color_fix: dict[str, Any], tile: int, tile_overlap: int, tile_batch: int, vae_tile: int = 0,
+        color_fix: dict[str, Any], tile: int, tile_overlap: int, tile_batch: int, vae_tile: int = 0, draft: bool = False,
     ) -> io.NodeOutput:  # fmt: skip
         sampling.check_model(model)
         sampling.check_conditioning(conditioning, model)
         models.check_vae(vae, model)
+        decoder = Draft(vae) if draft else None
         rgb, alpha = inputs.to_core(image)
         defaults = {"process_size": PROCESS_SIZE, **models.defaults_of(model)}
         if color_fix.get("wavelet_levels"):  # 0 is automatic
@@ -101,7 +104,12 @@ class Upscale(io.ComfyNode):
                 "step",
                 lambda z: sampling.run_one_step(model, conditioning, z, options, progress=progress, used=report.tiles),
             ),
-            decode=report.timed("decode", lambda latents: host_vae.decode(vae, latents, progress, vae_tile or None)),
+            decode=report.timed(
+                "decode",
+                lambda latents: (
+                    decoder.decode(latents, progress) if decoder else host_vae.decode(vae, latents, progress, vae_tile or None)
+                ),
+            ),
             pictures=running.pictures(vae.patcher),
         )
         result = rgb.new_empty(len(rgb), *target, 3 if alpha is None else 4)

@@ -12,6 +12,7 @@ from . import inputs
 from .checks import checked
 from .host import models, placement, running
 from .host import vae as host_vae
+from .host.draft import Draft
 from .host.schema import field, schema
 from .types import Latent, Vae
 
@@ -75,14 +76,16 @@ class Decode(io.ComfyNode):
                 field(io.Latent, "latent", tooltip="The latent to decode, of any size."),
                 field(io.Vae, "vae", tooltip="The VAE output of TSD-SR Load LoRA or TSD-SR Load Checkpoint."),
                 inputs.vae_tile(),
+                inputs.draft(),
             ],
             outputs=[io.Image.Output()],
         )
 
     @classmethod
     @checked
-    def execute(cls, latent: Latent, vae: Vae, vae_tile: int = 0) -> io.NodeOutput:
+    def execute(cls, latent: Latent, vae: Vae, vae_tile: int = 0, draft: bool = False) -> io.NodeOutput:
         models.check_vae(vae)
+        decoder = Draft(vae) if draft else None
         samples = latent["samples"]
         factor = host_vae.factor_of(vae)
         if (own := latent.get(models.FACTOR, factor)) != factor:
@@ -96,7 +99,7 @@ class Decode(io.ComfyNode):
         result = torch.empty(len(samples), height, width, 3, device=running.results_device())
 
         def decode(samples: Tensor) -> Tensor:
-            pixels = host_vae.decode(vae, samples, progress, vae_tile or None)
+            pixels = decoder.decode(samples, progress) if decoder else host_vae.decode(vae, samples, progress, vae_tile or None)
             return inputs.to_host(from_pixels(pixels[:, :, top : top + height, left : left + width], size), None)
 
         for index, each in enumerate(samples.split(1)):  # one by one, so that memory grows by the result alone

@@ -67,12 +67,16 @@ OPERATORS = ("aten::upsample_bicubic2d", "aten::replication_pad2d")
 STEP = {"strength": 1.0, "tile": 0, "tile_overlap": 8, "tile_batch": 0}
 
 
+def builtin(nodes: Any) -> tuple[Any, Any, Any]:
+    """MODEL, VAE and CONDITIONING of the built-in model."""
+    with torch.inference_mode():  # a file's tensors are read with their data
+        return nodes.load.LoadCheckpoint.execute(checkpoint="built-in model (no download)", vae_precision="auto").args
+
+
 def check(nodes: Any, mode: Any, place: torch.device) -> None:
     """Run all nodes of the pipeline, with pictures and latents between them at ``place``."""
     management.intermediate_device = lambda: place
-    with torch.inference_mode():  # a file's tensors are read with their data
-        builtin = {"checkpoint": "built-in model (no download)", "vae_precision": "auto"}
-        model, vae, prompt = nodes.load.LoadCheckpoint.execute(**builtin).args
+    model, vae, prompt = builtin(nodes)
     print("loads on", model.load_device, vae.patcher.load_device)
     with torch.no_grad(), mode:  # inference mode forgets the values of small tables
         image = torch.rand(1, 40, 56, 3)
@@ -91,8 +95,7 @@ def check(nodes: Any, mode: Any, place: torch.device) -> None:
 
 def pictures(nodes: Any, mode: Any) -> None:
     """Where pictures between the CPU's results are worked on: where they fit, and where they do not, or not any more."""
-    with torch.inference_mode():
-        model, vae, prompt = nodes.load.LoadCheckpoint.execute(checkpoint="built-in model (no download)").args
+    model, vae, prompt = builtin(nodes)
     given = {"model": model, "vae": vae, "conditioning": prompt, **STEP, "size": {"size": "scale by", "factor": 2.0}}
     fix = {"color_fix": "wavelet", "wavelet_levels": 5}
     match = nodes.colour.match_colour
@@ -108,14 +111,14 @@ def pictures(nodes: Any, mode: Any) -> None:
         print("pictures", name, *(sorted(mode.ran.get(each, ())) for each in OPERATORS), result.device)
 
     with torch.no_grad(), mode:
-        image = torch.rand(2, 40, 56, 4)
+        image = torch.rand(1, 16, 24, 4)
         show("upscaled", nodes.upscale.Upscale, **given)
-        show("fixed", nodes.colour.ColorFix, reference=image[:, :20])
+        show("fixed", nodes.colour.ColorFix, reference=image[:, :8])
         nodes.colour.match_colour = scarce
-        show("out of memory", nodes.colour.ColorFix, reference=image[:, :20])
+        show("out of memory", nodes.colour.ColorFix, reference=image[:, :8])
         nodes.colour.match_colour = match
         management.get_free_memory = lambda dev=None, torch_free_too=False: (1e6, 1e6) if torch_free_too else 1e6
-        show("fixed where there is no room", nodes.colour.ColorFix, reference=image[:, :20])
+        show("fixed where there is no room", nodes.colour.ColorFix, reference=image[:, :8])
         pretend(mode.device)
 
 

@@ -66,6 +66,7 @@ def _check(field: Any, name: str, value: Any) -> Any:
 
 
 _LOOKS: dict[str, Callable[[Any], bool]] = {
+    "BOOLEAN": lambda value: isinstance(value, bool),
     "STRING": lambda value: isinstance(value, str),
     "MODEL": lambda value: hasattr(value, "model"),
     "VAE": lambda value: getattr(value, "first_stage_model", None) is not None,  # what a checkpoint without a VAE gives

@@ -11,7 +11,7 @@ from ..tsdsr_core.colour import WAVELET_LEVELS, match_colour
 from ..tsdsr_core.restore import bicubic
 from . import inputs
 from .checks import checked
-from .host import models
+from .host import models, running
 from .host.schema import field, schema
 from .types import Model
 
@@ -52,12 +52,19 @@ class ColorFix(io.ComfyNode):
         style, _ = inputs.to_core(reference)
         if len(style) not in (1, len(content)):
             raise ValueError(f"reference has {len(style)} images for {len(content)} images: connect one, or one per image")
-        style = bicubic(style, (content.shape[2], content.shape[3])).expand_as(content)
         suitable = models.defaults_of(model) if model is not None else {}
         levels = color_fix.get("wavelet_levels") or suitable.get("wavelet_levels", WAVELET_LEVELS)
-        result = content.new_empty(len(content), *content.shape[2:], 3 if alpha is None else 4)
+        height, width = content.shape[2:]
+        result = content.new_empty(len(content), height, width, 3 if alpha is None else 4)
+        if alpha is not None:
+            result[..., 3:] = alpha.movedim(1, -1)
+
+        def fix(each: Tensor, style: Tensor) -> Tensor:
+            reference = bicubic(style, (height, width))
+            return inputs.to_host(match_colour(each, reference, color_fix["color_fix"], levels).clamp(0, 1), None)
+
+        pictures = running.pictures(model)
         for index, each in enumerate(content.split(1)):  # one by one, so that memory grows by the result alone
-            fixed = match_colour(each, style[index : index + 1], color_fix["color_fix"], levels).clamp(0, 1)
-            opacity = None if alpha is None else alpha[index : index + 1]
-            result[index : index + 1] = inputs.to_host(fixed, opacity)
+            own = style[index : index + 1] if len(style) > 1 else style
+            result[index : index + 1, ..., :3] = pictures.run(height, width, fix, each, own)
         return io.NodeOutput(result)

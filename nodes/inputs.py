@@ -74,6 +74,15 @@ def vae_tile() -> Any:
     )  # fmt: skip
 
 
+def draft() -> Any:
+    """Whether to decode with TAESD3; optional, since saved workflows do not have it."""
+    return field(
+        io.Boolean, "draft", default=False, optional=True, advanced=True,
+        tooltip="Decodes with the small decoder TAESD3 instead of the VAE: faster and less exact, for trials. For SD3; needs "
+        "taesd3_decoder.safetensors in models/vae_approx.",
+    )  # fmt: skip
+
+
 def prompt_tokens() -> Any:
     """How many tokens of the prompt to keep; optional, since saved workflows may not have it."""
     return field(

@@ -15,6 +15,7 @@ from . import inputs
 from .checks import checked
 from .host import models, running, sampling
 from .host import vae as host_vae
+from .host.draft import Draft
 from .host.schema import field, schema
 from .report import Report
 from .types import Conditioning, Model, Vae
@@ -67,6 +68,7 @@ class Upscale(io.ComfyNode):
                 inputs.colour_fix("the input", automatic="as suits the model"),
                 *inputs.tiling(),
                 inputs.vae_tile(),
+                inputs.draft(),
             ],
             outputs=[io.Image.Output()],
             hidden=[io.Hidden.unique_id],
@@ -77,11 +79,12 @@ class Upscale(io.ComfyNode):
     @checked
     def execute(
         cls, image: torch.Tensor, model: Model, vae: Vae, conditioning: Conditioning, size: dict[str, Any], strength: float,
-        color_fix: dict[str, Any], tile: int, tile_overlap: int, tile_batch: int, vae_tile: int = 0,
+        color_fix: dict[str, Any], tile: int, tile_overlap: int, tile_batch: int, vae_tile: int = 0, draft: bool = False,
     ) -> io.NodeOutput:  # fmt: skip
         sampling.check_model(model)
         sampling.check_conditioning(conditioning, model)
         models.check_vae(vae, model)
+        decoder = Draft(vae) if draft else None
         rgb, alpha = inputs.to_core(image)
         defaults = {"process_size": PROCESS_SIZE, **models.defaults_of(model)}
         if color_fix.get("wavelet_levels"):  # 0 is automatic
@@ -101,12 +104,22 @@ class Upscale(io.ComfyNode):
                 "step",
                 lambda z: sampling.run_one_step(model, conditioning, z, options, progress=progress, used=report.tiles),
             ),
-            decode=report.timed("decode", lambda latents: host_vae.decode(vae, latents, progress, vae_tile or None)),
+            decode=report.timed(
+                "decode",
+                lambda latents: (
+                    decoder.decode(latents, progress) if decoder else host_vae.decode(vae, latents, progress, vae_tile or None)
+                ),
+            ),
+            pictures=running.pictures(vae.patcher),
         )
         result = rgb.new_empty(len(rgb), *target, 3 if alpha is None else 4)
+
+        def finished(restored: torch.Tensor, *alpha: torch.Tensor) -> torch.Tensor:
+            return inputs.to_host(restored, enlarge_alpha(alpha[0], target) if alpha else None)
+
         for index, restored in enumerate(run_stages(rgb, plan, stages, options, report.progress)):
-            larger = None if alpha is None else enlarge_alpha(alpha[index : index + 1], target)
-            result[index : index + 1] = inputs.to_host(restored, larger)
+            own = () if alpha is None else (alpha[index : index + 1],)
+            result[index : index + 1] = stages.pictures.run(*target, finished, restored, *own)
             if len(rgb) > 1:
                 running.show_text(cls, f"{index + 1}/{len(rgb)} images")
         given = {"tile": tile, "tile_batch": tile_batch, **color_fix}

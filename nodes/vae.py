@@ -12,6 +12,7 @@ from . import inputs
 from .checks import checked
 from .host import models, placement, running
 from .host import vae as host_vae
+from .host.draft import Draft
 from .host.schema import field, schema
 from .types import Latent, Vae
 
@@ -48,8 +49,12 @@ class Encode(io.ComfyNode):
         rgb, _ = inputs.to_core(image)
         factor = host_vae.factor_of(vae)
         size = plan_target((rgb.shape[2], rgb.shape[3]), factor * _PATCH, process_size=0)
-        progress = running.Progress(len(rgb) * host_vae.UNITS)
-        latents = torch.cat([host_vae.encode(vae, to_pixels(each, size), progress, vae_tile or None) for each in rgb.split(1)])
+        progress, pictures = running.Progress(len(rgb) * host_vae.UNITS), running.pictures(vae.patcher)
+
+        def encode(image: Tensor) -> Tensor:
+            return host_vae.encode(vae, to_pixels(image, size), progress, vae_tile or None)
+
+        latents = torch.cat([pictures.run(*size.padded, encode, each).to(rgb.device) for each in rgb.split(1)])
         latent = {"samples": latents, models.FACTOR: factor}
         if size.padded != size.work:
             latent[placement.KEY] = placement.Placement(latents, size.work, factor)
@@ -71,28 +76,32 @@ class Decode(io.ComfyNode):
                 field(io.Latent, "latent", tooltip="The latent to decode, of any size."),
                 field(io.Vae, "vae", tooltip="The VAE output of TSD-SR Load LoRA or TSD-SR Load Checkpoint."),
                 inputs.vae_tile(),
+                inputs.draft(),
             ],
             outputs=[io.Image.Output()],
         )
 
     @classmethod
     @checked
-    def execute(cls, latent: Latent, vae: Vae, vae_tile: int = 0) -> io.NodeOutput:
+    def execute(cls, latent: Latent, vae: Vae, vae_tile: int = 0, draft: bool = False) -> io.NodeOutput:
         models.check_vae(vae)
+        decoder = Draft(vae) if draft else None
         samples = latent["samples"]
         factor = host_vae.factor_of(vae)
         if (own := latent.get(models.FACTOR, factor)) != factor:
             raise ValueError(
                 f"the latent was encoded with {own} pixels per cell, but the VAE has {factor}: connect the VAE of TSD-SR Encode"
             )
-        progress = running.Progress(samples.shape[0] * host_vae.UNITS)
+        progress, pictures = running.Progress(samples.shape[0] * host_vae.UNITS), running.pictures(vae.patcher)
         host_vae.check_latents(vae, samples)
         top, left, height, width = placement.image_area(latent, factor)
         size = plan_target((height, width), 1, process_size=0)
         result = torch.empty(len(samples), height, width, 3, device=running.results_device())
+
+        def decode(samples: Tensor) -> Tensor:
+            pixels = decoder.decode(samples, progress) if decoder else host_vae.decode(vae, samples, progress, vae_tile or None)
+            return inputs.to_host(from_pixels(pixels[:, :, top : top + height, left : left + width], size), None)
+
         for index, each in enumerate(samples.split(1)):  # one by one, so that memory grows by the result alone
-            pixels = host_vae.decode(vae, each, progress, vae_tile or None)
-            result[index : index + 1] = inputs.to_host(
-                from_pixels(pixels[:, :, top : top + height, left : left + width], size), None
-            )
+            result[index : index + 1] = pictures.run(each.shape[2] * factor, each.shape[3] * factor, decode, each)
         return io.NodeOutput(result)

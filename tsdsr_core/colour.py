@@ -79,6 +79,8 @@ _STRIP = 2**22
 def wavelet_low(image: Tensor, levels: int) -> Tensor:
     """Low frequencies of ``image`` after ``levels`` a-trous passes."""
     channels = image.shape[1]
+    if image.device.type != "cpu":
+        image = image.contiguous()  # of channels that lie together cuDNN would take the products, in TF32
     row = torch.tensor([0.25, 0.5, 0.25], dtype=image.dtype, device=image.device)
     kernel = torch.outer(row, row).expand(channels, 1, 3, 3)
     for level in range(levels):
@@ -139,7 +141,9 @@ def lab_to_rgb(image: Tensor) -> Tensor:
 
 
 def _mix(image: Tensor, matrix: Tensor) -> Tensor:
-    return torch.einsum("ij,bjhw->bihw", matrix.to(image.dtype).to(image.device), image)  # some devices have no float64
+    columns = matrix.to(image.dtype).to(image.device)[:, :, None, None]  # in this order: some devices have no float64
+    red, green, blue = (columns[:, index] * image[:, index : index + 1] for index in range(3))
+    return red + green + blue  # no matrix product, which may be in TF32
 
 
 def _column(image: Tensor, values: tuple[float, ...]) -> Tensor:

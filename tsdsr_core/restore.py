@@ -17,6 +17,7 @@ from .checks import check_choice, check_number
 from .errors import InputError
 from .flow import one_step
 from .image_size import PROCESS_SIZE, PROCESS_SIZE_RANGE, SCALE_RANGE, Size, SizePlan, plan_size
+from .system.memory import PictureDevice
 from .system.precision import check_finite
 from .tiles.blend import Velocity, fitting_velocity
 from .tiles.memory import TileMemory
@@ -54,6 +55,8 @@ class Model:
     """Chooses side and batch of the tiles where the options do not."""
     check_memory: Callable[[int, int], None] = lambda height, width: None
     """Raises ``MemoryError`` where ``encode`` or ``decode`` would for pixels of a height and width."""
+    pictures: PictureDevice = field(default_factory=PictureDevice)
+    """Where pictures are enlarged, resized and given their colours."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ class Stages:
     """Latents of several images ``(B, C, h, w)`` -> the same after the one step, in tiles where they are large."""
     decode: Callable[[Tensor], Tensor]
     """Latents of one image -> its pixels in about -1..1."""
+    pictures: PictureDevice = field(default_factory=PictureDevice)
+    """Where the rest is done; ``encode`` and ``decode`` are given what lies there, and may leave their results there."""
 
 
 def restore(image: Tensor, model: Model, options: Options, progress: Progress = _quiet) -> Tensor:
@@ -132,7 +137,7 @@ def restore(image: Tensor, model: Model, options: Options, progress: Progress = 
         progress: told of each finished image (encode, decode, colour) and tile batch (step).
 
     Returns:
-        ``(B, 3, scale H, scale W)`` in 0..1, the sides to the nearest pixel, halves up.
+        ``(B, 3, scale H, scale W)`` in 0..1 on the device of ``image``, the sides to the nearest pixel, halves up.
 
     Raises:
         InputError: for an impossible option or a non-finite input, before any work.
@@ -145,22 +150,26 @@ def restore(image: Tensor, model: Model, options: Options, progress: Progress = 
         (image.shape[2], image.shape[3]), options.scale, model.vae_factor * model.patch, options.process_size
     )
     model.check_memory(*size.padded)
-    return torch.cat(list(run_stages(image, size, stages, options, progress)))
+    return torch.cat([each.to(image.device) for each in run_stages(image, size, stages, options, progress)])
 
 
 def run_stages(
     images: Tensor, size: SizePlan, stages: Stages, options: Options, progress: Progress = _quiet
 ) -> Iterator[Tensor]:
-    """The pipeline: yields the restored images ``(1, 3, *size.target)`` in 0..1, one by one.
+    """The pipeline: yields the restored images ``(1, 3, *size.target)`` in 0..1, one by one, on the device of
+    ``stages.pictures`` where they fit there.
 
     Memory does not grow with the batch: images go through the stages in groups of ``GROUP_PIXELS``, through the autoencoder
     singly; the step takes the tiles of a group together.
     """
     recipe = RECIPES[options.recipe]
+
+    def finish(restored: Tensor, image: Tensor) -> Tensor:
+        return recipe.finish(restored, image, size.target, options)
+
     for index, restored in enumerate(restored_images(images, size, stages, recipe.enlarge, progress)):
-        finished = recipe.finish(restored, images[index : index + 1], size.target, options)
-        progress("colour", index + 1, len(images))
-        yield finished
+        yield stages.pictures.run(*size.padded, finish, restored, images[index : index + 1])
+        progress("colour", index + 1, len(images))  # after it was taken: until then an accelerator may not have done it
 
 
 def restored_images(
@@ -168,18 +177,26 @@ def restored_images(
 ) -> Iterator[Tensor]:
     """What the stages make of ``images``: each ``(1, 3, *size.work)`` in 0..1, before the colour fix."""
     count, together = len(images), max(1, GROUP_PIXELS // (size.padded[0] * size.padded[1]))
+
+    def encode(image: Tensor) -> Tensor:
+        return stages.encode(to_pixels(image, size, enlarge))
+
+    def decode(latent: Tensor) -> Tensor:
+        return from_pixels(check_finite(stages.decode(latent), "the result of the VAE decoder", _ADVICE), size)
+
     for start in range(0, count, together):
         encoded = []
         for image in images[start : start + together].split(1):
-            encoded.append(stages.encode(to_pixels(image, size, enlarge)))
+            latents = stages.pictures.run(*size.padded, encode, image)
+            encoded.append(latents.to(encoded[0].device) if encoded else latents)  # memory may have run out in between
             progress("encode", start + len(encoded), count)
         latents = check_finite(torch.cat(encoded), "the result of the VAE encoder", _ADVICE)
         del encoded
         latents = check_finite(stages.step(latents), "the result of the step", _ADVICE)
         for index, latent in enumerate(latents.split(1), start):
-            pixels = check_finite(stages.decode(latent), "the result of the VAE decoder", _ADVICE)
+            restored = stages.pictures.run(*size.padded, decode, latent)
             progress("decode", index + 1, count)
-            yield from_pixels(pixels, size)
+            yield restored
 
 
 def stages_of(model: Model, options: Options, progress: Progress = _quiet) -> Stages:
@@ -193,7 +210,7 @@ def stages_of(model: Model, options: Options, progress: Progress = _quiet) -> St
         )  # fmt: skip
         return one_step(z, velocity, options.strength) / model.scaling_factor
 
-    return Stages(model.encode, step, model.decode)
+    return Stages(model.encode, step, model.decode, model.pictures)
 
 
 def tiling_of(model: Model, options: Options) -> Tiling:

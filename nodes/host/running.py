@@ -8,7 +8,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ...tsdsr_core.system.memory import is_out_of_memory
+from ...tsdsr_core.system.memory import PictureDevice, is_out_of_memory
 from ..types import Patcher
 
 
@@ -46,6 +46,20 @@ def show_text(node: Any, text: str) -> None:
 def results_device() -> torch.device:
     """Where pictures lie between nodes."""
     return comfy.model_management.intermediate_device()
+
+
+def pictures(patcher: Patcher | None = None) -> PictureDevice:
+    """Where pictures are worked on: beside the model of ``patcher``, or where the host computes without one.
+
+    On the CPU where free memory cannot be told.
+    """
+    device = comfy.model_management.get_torch_device() if patcher is None else patcher.load_device
+    if device.type == "cpu" or comfy.model_management.directml_enabled:
+        return PictureDevice(torch.device("cpu"))
+    free = comfy.model_management.get_free_memory
+    return PictureDevice(
+        device, lambda: int(free(device)) if patcher is None else free_memory(patcher), release_memory, ran_out
+    )  # fmt: skip
 
 
 def check_interrupted() -> None:

@@ -36,7 +36,7 @@ def factor_of(vae: Vae) -> int:
 
 
 def encode(vae: Vae, pixels: Tensor, progress: running.Progress, tile: int | None = None) -> Tensor:
-    """``(B, 3, H, W)`` in -1..1, sides multiples of the factor, to unscaled latents ``(B, C, h, w)`` in fp32.
+    """Pixels ``(B, 3, H, W)`` in -1..1, sides multiples of the factor, to unscaled latents there ``(B, C, h, w)`` in fp32.
 
     Args:
         tile: greatest side of a tile in pixels; None for what suits the memory.
@@ -58,7 +58,7 @@ def check_latents(vae: Vae, latents: Tensor) -> None:
 
 
 def decode(vae: Vae, latents: Tensor, progress: running.Progress, tile: int | None = None) -> Tensor:
-    """Unscaled latents ``(B, C, h, w)`` to pixels ``(B, 3, H, W)`` in -1..1, fp32.
+    """Unscaled latents ``(B, C, h, w)`` to pixels ``(B, 3, H, W)`` in -1..1, fp32, on their device.
 
     Raises:
         ValueError: as ``check_latents``.
@@ -77,7 +77,7 @@ def _run_half(vae: Vae, half: str, x: Tensor, progress: running.Progress, tile: 
         nonlocal counted
         tick = _ticker(progress, len(x), counted)
         counted = UNITS * len(x)
-        return _run(vae, _PROGRAMS[half], x.to(vae.output_device, dtype), tick, tile)
+        return _run(vae, _PROGRAMS[half], x.to(dtype), tick, tile)
 
     return run_half(half, vae.vae_dtype, overflowed, run)
 

@@ -62,15 +62,21 @@ def pretend(device: torch.device) -> None:
     torch.cuda.synchronize = lambda device=None: None
 
 
+OPERATORS = ("aten::upsample_bicubic2d", "aten::replication_pad2d")
+"""What enlarges pictures, and what only the wavelet fix does."""
 STEP = {"strength": 1.0, "tile": 0, "tile_overlap": 8, "tile_batch": 0}
+
+
+def builtin(nodes: Any) -> tuple[Any, Any, Any]:
+    """MODEL, VAE and CONDITIONING of the built-in model."""
+    with torch.inference_mode():  # a file's tensors are read with their data
+        return nodes.load.LoadCheckpoint.execute(checkpoint="built-in model (no download)", vae_precision="auto").args
 
 
 def check(nodes: Any, mode: Any, place: torch.device) -> None:
     """Run all nodes of the pipeline, with pictures and latents between them at ``place``."""
     management.intermediate_device = lambda: place
-    with torch.inference_mode():  # a file's tensors are read with their data
-        builtin = {"checkpoint": "built-in model (no download)", "vae_precision": "auto"}
-        model, vae, prompt = nodes.load.LoadCheckpoint.execute(**builtin).args
+    model, vae, prompt = builtin(nodes)
     print("loads on", model.load_device, vae.patcher.load_device)
     with torch.no_grad(), mode:  # inference mode forgets the values of small tables
         image = torch.rand(1, 40, 56, 3)
@@ -84,6 +90,36 @@ def check(nodes: Any, mode: Any, place: torch.device) -> None:
             chosen["tile_overlap"] = 4
             result = nodes.upscale.Upscale.execute(image=image, model=model, vae=vae, conditioning=prompt, **chosen).args[0]
             print("upscaled on", result.device, tuple(result.shape))
+            print("fixed on", nodes.colour.ColorFix.execute(image=result, reference=image, color_fix=fix).args[0].device)
+
+
+def pictures(nodes: Any, mode: Any) -> None:
+    """Where pictures between the CPU's results are worked on: where they fit, and where they do not, or not any more."""
+    model, vae, prompt = builtin(nodes)
+    given = {"model": model, "vae": vae, "conditioning": prompt, **STEP, "size": {"size": "scale by", "factor": 2.0}}
+    fix = {"color_fix": "wavelet", "wavelet_levels": 5}
+    match = nodes.colour.match_colour
+
+    def scarce(content: Any, *given: Any) -> Any:
+        if content.device.type == "cuda":
+            raise torch.OutOfMemoryError("out of memory")
+        return match(content, *given)
+
+    def show(name: str, node: Any, **given: Any) -> None:
+        mode.ran.clear()
+        result = node.execute(image=image, color_fix=fix, **given).args[0]
+        print("pictures", name, *(sorted(mode.ran.get(each, ())) for each in OPERATORS), result.device)
+
+    with torch.no_grad(), mode:
+        image = torch.rand(1, 16, 24, 4)
+        show("upscaled", nodes.upscale.Upscale, **given)
+        show("fixed", nodes.colour.ColorFix, reference=image[:, :8])
+        nodes.colour.match_colour = scarce
+        show("out of memory", nodes.colour.ColorFix, reference=image[:, :8])
+        nodes.colour.match_colour = match
+        management.get_free_memory = lambda dev=None, torch_free_too=False: (1e6, 1e6) if torch_free_too else 1e6
+        show("fixed where there is no room", nodes.colour.ColorFix, reference=image[:, :8])
+        pretend(mode.device)
 
 
 def choices(host: Any, device: torch.device) -> None:
@@ -118,6 +154,8 @@ def main() -> None:
     nodes.checks.check_image = lambda name, image: None  # likewise
     for place in (torch.device("cpu"), mode.device):
         check(nodes, mode, place)
+    management.intermediate_device = lambda: torch.device("cpu")
+    pictures(nodes, mode)
     shift = nodes.host.sampling._shift
     nodes.host.sampling._shift = lambda base: torch.full((1, 1, 1, 1), shift(base))
     try:

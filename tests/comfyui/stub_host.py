@@ -11,13 +11,13 @@ from . import host as host_module
 
 TYPES = {
     "Image": "IMAGE", "Model": "MODEL", "Vae": "VAE", "Conditioning": "CONDITIONING", "Latent": "LATENT",
-    "Sampler": "SAMPLER", "Int": "INT", "Float": "FLOAT", "String": "STRING", "Combo": "COMBO",
+    "Sampler": "SAMPLER", "Int": "INT", "Boolean": "BOOLEAN", "Float": "FLOAT", "String": "STRING", "Combo": "COMBO",
     "DynamicCombo": "COMFY_DYNAMICCOMBO_V3",
 }  # fmt: skip
 _NEEDED = (
     "comfy", "comfy.lora", "comfy.model_base", "comfy.model_detection", "comfy.model_management", "comfy.model_patcher",
-    "comfy.ops", "comfy.patcher_extension", "comfy.samplers", "comfy.sd", "comfy.utils", "comfy_api", "latent_preview",
-    "folder_paths",
+    "comfy.ops", "comfy.patcher_extension", "comfy.samplers", "comfy.sd", "comfy.taesd", "comfy.taesd.taesd", "comfy.utils",
+    "comfy_api", "latent_preview", "folder_paths",
 )  # fmt: skip
 
 

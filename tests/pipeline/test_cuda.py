@@ -10,13 +10,16 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from tsdsr_core.restore import Options, bicubic, finish
 from tsdsr_core.sd3.config import VAE_CONFIG
 from tsdsr_core.system.device import free_memory, free_ram, release_memory
 from tsdsr_core.vae.execute import plan_and_run, run
 from tsdsr_core.vae.plan import HEADROOM, plan_tiles
 from tsdsr_core.vae.program import decoder_program, encoder_program
 
+from ..support.tiny import photo
 from ..vae.test_tiled import ROUNDING, latents, mean_error, pixels, plan_for, untiled, worst
+from .test_restore import ROUNDING as FINISHING
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -124,6 +127,17 @@ def test_tiling_takes_little_more_time_than_one_piece(sd3):
             seconds[name].append(time.perf_counter() - start)
     print(f"\n1024: untiled {min(seconds['untiled']):.3f} s, tiled {min(seconds['tiled']):.3f} s")
     assert min(seconds["tiled"]) <= 1.25 * min(seconds["untiled"])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pictures_come_out_as_on_the_cpu(layout):
+    """Up to the rounding of both, with TF32 allowed, as it is by default."""
+    torch.backends.cudnn.allow_tf32 = True
+    restored, image = photo(256, 384, 1), photo(64, 96, 2).contiguous(memory_format=layout)
+    size, options = (512, 768), Options()
+    result = finish(restored.to(DEVICE), image.to(DEVICE), size, options).cpu()
+    assert (result - finish(restored, image, size, options)).abs().max() <= 2 * FINISHING
+    assert (bicubic(image.to(DEVICE), size).cpu() - bicubic(image, size)).abs().max() <= 2 * FINISHING
 
 
 def test_pictures_do_not_strand_memory(sd3):

@@ -16,6 +16,7 @@ from tsdsr_core import colour
 from tsdsr_core.restore import Options, bicubic, restore
 from tsdsr_core.sd3.fold import fold
 from tsdsr_core.sd3.models import DiffusersModel, merged_bundle, model_from_bundle
+from tsdsr_core.system.memory import PictureDevice
 from tsdsr_core.vae import execute, norms, transfer
 from tsdsr_core.vae.execute import kernels_of, run
 from tsdsr_core.vae.passes import NVIDIA, Kernels
@@ -84,6 +85,46 @@ def test_restoring(mode, place, dtype):
     where = mode.device if place == "device" else CPU
     result = restore(picture(where, 2), model_on(mode, dtype).restorer(), QUICK)
     assert (tuple(result.shape), result.device) == ((2, 3, 40, 56), where)
+
+
+RESIZING, FILTERING = "aten::upsample_bicubic2d", "aten::replication_pad2d"
+"""What enlarges pictures, and what only the wavelet fix does."""
+
+
+def test_pictures_are_worked_on_beside_the_model(mode):
+    assert restore(picture(CPU), model_on(mode).restorer(), QUICK).device == CPU
+    assert mode.ran[RESIZING] == mode.ran[FILTERING] == {"cuda"}
+
+
+def test_pictures_are_worked_on_by_the_cpu_where_they_do_not_fit(mode):
+    model = model_on(mode)
+    model.memory_limit = 4 * 72 * 40 * 56 - 1
+    assert restore(picture(CPU), model.restorer(), QUICK).device == CPU
+    assert mode.ran[RESIZING] == mode.ran[FILTERING] == {"cpu"}
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize("failing", ["encode", "decode", "finish"])
+def test_pictures_come_off_the_device_where_its_memory_runs_out(mode, place, failing, monkeypatch, caplog):
+    """In any stage of the second of three, together with what the first one left there."""
+    where, calls, run = mode.device if place == "device" else CPU, [], PictureDevice.run
+
+    def counted(pictures, height, width, work, *tensors):
+        def watched(*given):
+            calls.append((work.__name__, given[0].device.type))
+            if calls[-1] == (failing, mode.device.type) and calls.count(calls[-1]) == 2:
+                raise torch.OutOfMemoryError("out of memory")
+            return work(*given)
+
+        return run(pictures, height, width, watched, *tensors)
+
+    monkeypatch.setattr(PictureDevice, "run", counted)
+    result = restore(picture(where, 3), model_on(mode).restorer(), QUICK)
+    assert (tuple(result.shape), result.device) == ((3, 3, 40, 56), where)
+    assert len(caplog.records) == 1
+    places = [kind for _, kind in calls]
+    assert places == sorted(places, reverse=True), "once off the device, they stay off it"
+    assert len(places) == 10
 
 
 def test_latent_tiles(mode):

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsdsr_core import restore as pipeline
-from tsdsr_core.restore import Model, Options, bicubic, check_image, pad_to, restore
+from tsdsr_core.restore import Model, Options, bicubic, check_image, finish, pad_to, restore
+from tsdsr_core.system.memory import PictureDevice
 from tsdsr_core.tiles.memory import TileMemory
 
 from ..support.tiny import photo
@@ -102,6 +103,51 @@ def test_tiles_get_smaller_where_the_free_memory_is_less_than_one_takes():
     assert run(48 * 48 * 2) == {(48, 48)}
     assert run(0) == {(20, 20)}, "about the least"
     assert run(0, tile=32) == {(32, 32)}, "what the user says is tried"
+
+
+ROUNDING = 340 * 2**-24
+"""Error of enlarging by a power of two and of the wavelet fix, of values in 0..1, in any order of IEEE fp32 without TF32.
+
+In units of u = 2^-24: the positions are exact. Each of the two passes of bicubic takes four weights, of which a polynomial
+gives each to 8, and adds up four products of at most 1.4 in all: 1.4 (4 * 8 + 6) = 53, so 106 for an image and 212 for the
+difference of two. Each of the ten passes of the filter, whose weights are powers of two, rounds two sums of at most 1: 20. With
+the 106 of the image that the low frequencies are added to, and the additions themselves, less than 340.
+"""
+
+
+@pytest.mark.rounding
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_finishing_rounds_no_more_than_fp32_does(layout):
+    """Which is the bound for any device: two of them differ by at most twice as much."""
+    restored, image = photo(64, 96, 1), photo(32, 48, 2).contiguous(memory_format=layout)
+    exact = finish(restored.double(), image.double(), (128, 192), Options())
+    assert (finish(restored, image, (128, 192), Options()) - exact).abs().max() <= ROUNDING
+
+
+@pytest.mark.parametrize("stage", ["enlarge", "finish"])
+def test_a_device_that_runs_out_in_a_stage_changes_nothing(stage, monkeypatch, caplog):
+    """Pictures fit on the device from that stage on; it is one without data, so what ran there could not come back."""
+    image, asked = photo(40, 48), []
+
+    def free():
+        asked.append(1)
+        return 10**12 if len(asked) > {"enlarge": 0, "finish": 2}[stage] else 0
+
+    def scarce(real):
+        def run(x, *given):
+            if x.device.type == "meta":
+                raise torch.OutOfMemoryError("out of memory")
+            return real(x, *given)
+
+        return run
+
+    expected = restore(image, lossless(), Options(scale=2, process_size=0))
+    monkeypatch.setattr(pipeline, "pad_to", scarce(pad_to))
+    monkeypatch.setattr(pipeline.colour, "match_colour", scarce(pipeline.colour.match_colour))
+    model = lossless(pictures=PictureDevice(torch.device("meta"), free))
+    assert torch.equal(restore(image, model, Options(scale=2, process_size=0)), expected)
+    assert len(asked) == {"enlarge": 3, "finish": 3}[stage]
+    assert len(caplog.records) == 1
 
 
 def test_the_input_is_left_alone():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tsdsr_core.system.memory import check_ram, fits_beside, is_out_of_memory, is_unclear
+from tsdsr_core.system.memory import PictureDevice, check_ram, fits_beside, is_out_of_memory, is_unclear
 from tsdsr_core.tiles.memory import CPU_BATCH, LARGEST_BATCH, TileMemory, tile_batch, tile_bytes, tile_side
 
 
@@ -41,6 +41,64 @@ def test_pictures_lie_on_a_device_that_has_room_for_many():
     assert fits_beside(16384, 16384, None)
     assert fits_beside(1000, 1000, 4 * 72 * 10**6)
     assert not fits_beside(1000, 1000, 4 * 72 * 10**6 - 4)
+
+
+META = torch.device("meta")
+"""A device for which tensors really leave the CPU."""
+
+
+def devices_of(*tensors):
+    """Work whose result says where it was done."""
+    assert len({tensor.device for tensor in tensors}) == 1
+    return torch.ones(2).to(tensors[0].device)
+
+
+def test_pictures_are_worked_on_where_they_fit():
+    free = [10**9]
+    pictures = PictureDevice(META, lambda: free[0])
+    assert pictures.run(1000, 1000, devices_of, torch.ones(1), torch.ones(1, device=META)).device == META
+    assert pictures.run(4000, 4000, devices_of, torch.ones(1)).device.type == "cpu"
+    free[0] *= 16
+    assert pictures.run(4000, 4000, devices_of, torch.ones(1)).device == META, "room is asked for each time"
+    assert PictureDevice().run(1, 1, devices_of, torch.ones(1, device=META)).device == META, "by default they stay"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), NotImplementedError("no such operator"), MemoryError("own")]
+)
+def test_pictures_go_on_on_the_cpu_where_the_device_fails(error, caplog):
+    tried, released = [], []
+
+    def work(tensor):
+        tried.append(tensor.device.type)
+        if tensor.device == META:
+            raise error
+        return tensor + 1
+
+    pictures = PictureDevice(META, release=lambda: released.append(1), ran_out=lambda e: is_out_of_memory(e) or e is error)
+    if isinstance(error, MemoryError):  # host memory is no matter of devices
+        with pytest.raises(MemoryError):
+            pictures.run(5, 7, work, torch.ones(1))
+        return
+    assert [pictures.run(5, 7, work, torch.ones(1)).item() for _ in range(2)] == [2, 2]
+    assert (tried, released) == (["meta", "cpu", "cpu"], [1]), "the device is not asked again"
+    said = str(error).partition("\n")[0]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"pictures of 7x5 pixels failed on meta ({said}); going on with them on the CPU"
+    ]
+
+
+@pytest.mark.parametrize(("device", "error"), [(META, RuntimeError("a bug")), (torch.device("cpu"), torch.OutOfMemoryError())])
+def test_other_errors_of_work_on_pictures_are_raised_at_once(device, error):
+    tried = []
+
+    def work(tensor):
+        tried.append(tensor.device.type)
+        raise error
+
+    with pytest.raises(RuntimeError) as raised:
+        PictureDevice(device).run(5, 7, work, torch.ones(1))
+    assert (raised.value, tried) == (error, [device.type])
 
 
 def test_every_device_says_out_of_memory_in_its_own_way():

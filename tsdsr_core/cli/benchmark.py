@@ -30,6 +30,7 @@ from ..sd3.fold import fold
 from ..sd3.models import DiffusersModel, load_folder, merged_bundle, model_from_bundle
 from ..system.atomic import reason, torch_writer, write_files, write_tensors
 from ..system.device import release_memory
+from ..system.memory import fits_beside
 from ..weights.bundle import read_bundle, write_bundle
 from ..weights.lora import TRANSFORMER_FILE, VAE_FILE, load_lora
 from ..weights.prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds, load_prompt
@@ -190,7 +191,8 @@ def _bytes(model: nn.Module) -> int:
 def run_once(contender: Contender, side: int, device: torch.device) -> Timing:
     """Restore an image of ``side / SCALE`` pixels a side to ``side`` pixels."""
     image = torch.rand(1, 3, side // SCALE, side // SCALE, generator=torch.Generator().manual_seed(0))
-    image = image.to(device if contender.own is None else contender.own.place(side, side))
+    if contender.own is None or fits_beside(side, side, contender.own.free_memory()):
+        image = image.to(device)
     timing = Timing()
     ends: dict[str, float] = {}
 

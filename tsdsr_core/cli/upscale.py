@@ -191,10 +191,10 @@ def _upscale_picture(job: Job, model: DiffusersModel, chosen: Options, options: 
             tiles.set_description(stage)
 
         with torch.inference_mode():
-            rgb = spread_colours(picture.rgb, picture.alpha).to(model.place(*size))
+            rgb = spread_colours(picture.rgb, picture.alpha)
             rgb = restore(rgb, model.restorer(options.posterior, options.seed), chosen, progress)
     alpha = None if picture.alpha is None else enlarge_alpha(picture.alpha, size)
-    write_picture(job.output, replace(picture, rgb=rgb.cpu(), alpha=alpha))
+    write_picture(job.output, replace(picture, rgb=rgb, alpha=alpha))
     return size[1], size[0]
 
 
@@ -209,7 +209,7 @@ def _upscale_video(job: Job, model: DiffusersModel, chosen: Options, options: ar
 
     def restored(rgb: Tensor) -> Tensor:
         with torch.inference_mode():
-            return restore(rgb.to(model.place(*size)), model.restorer(options.posterior, options.seed), chosen)
+            return restore(rgb, model.restorer(options.posterior, options.seed), chosen)
 
     with bar(clip.frames, "frame", leave=False) as frames:
         write_clip(clip, job.output, size, restored, frames.update)

@@ -16,7 +16,7 @@ from ..flow import TIMESTEP
 from ..restore import Model
 from ..system.atomic import reason
 from ..system.device import free_memory, free_ram, release_memory
-from ..system.memory import fits_beside, is_out_of_memory
+from ..system.memory import PictureDevice, is_out_of_memory
 from ..system.precision import fits, half_dtype, run_half
 from ..tiles.memory import TileMemory, tile_bytes
 from ..vae.execute import check_memory, plan_and_run
@@ -81,10 +81,6 @@ class DiffusersModel:
         """Bytes available for activations on the model's device now; None on the CPU."""
         return free_memory(self.device, self.memory_limit)
 
-    def place(self, height: int, width: int) -> torch.device:
-        """Device for an image whose result has ``height`` x ``width`` pixels: the model's, or the CPU if the image is large."""
-        return self.device if fits_beside(height, width, self.free_memory()) else torch.device("cpu")
-
     def restorer(self, posterior: str = "mode", seed: int = 0) -> Model:
         """The callables for ``restore``.
 
@@ -112,6 +108,7 @@ class DiffusersModel:
                 self.vae, height, width, factor, (self._half_dtype("encoder").itemsize, self._half_dtype("decoder").itemsize),
                 self.device, self.free_memory(), self.vae_tile, lambda wanted: free_ram(),
             ),
+            pictures=PictureDevice(self.device, self.free_memory, lambda: release_memory(self.device)),
         )  # fmt: skip
 
     def _tile_bytes(self, tile_height: int, tile_width: int) -> int:

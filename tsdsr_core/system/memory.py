@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger("tsdsr")
 
@@ -62,3 +64,38 @@ def fits_beside(height: int, width: int, free: int | None) -> bool:
         free: bytes on the device; None for the CPU, where images always fit.
     """
     return free is None or height * width * _IMAGE_BYTES <= free // 4
+
+
+@dataclass
+class PictureDevice:
+    """Where pictures are resized and given their colours: on the model's device where they fit beside it, else on the CPU."""
+
+    device: torch.device | None = None
+    """None for wherever the pictures lie."""
+    free: Callable[[], int | None] = lambda: None
+    """Bytes that are free on the device now; None where there is no limit of a device."""
+    release: Callable[[], None] = lambda: None
+    """Gives cached memory back, after running out."""
+    ran_out: RanOut = is_out_of_memory
+
+    def run(self, height: int, width: int, work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """``work`` on ``tensors``, which are brought together for it; its result is on the device it chose.
+
+        Where the device runs out of memory, or lacks an operator, this and all further work is done on the CPU.
+
+        Args:
+            height, width: of the largest picture in it, in pixels.
+        """
+        if self.device is None:
+            return work(*tensors)
+        if fits_beside(height, width, self.free()):
+            try:
+                return work(*(tensor.to(self.device) for tensor in tensors))
+            except RuntimeError as error:
+                if self.device.type == "cpu" or not (self.ran_out(error) or isinstance(error, NotImplementedError)):
+                    raise
+                said = "pictures of %dx%d pixels failed on %s (%s); going on with them on the CPU"
+                log.warning(said, width, height, self.device, str(error).partition("\n")[0])
+            self.device = torch.device("cpu")
+            self.release()  # here, where the error no longer holds tensors
+        return work(*(tensor.cpu() for tensor in tensors))

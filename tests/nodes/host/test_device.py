@@ -27,10 +27,20 @@ def test_all_nodes_keep_their_tensors_together(said):
     expected = []
     for place in ("cpu", "cuda:0"):
         expected += ["loads on cuda:0 cuda:0", *(f"{name} on {place}" for name in ("encoded", "stepped", "decoded"))]
-        expected += [f"upscaled on {place} (1, 80, 112, 3)"] * 2
+        expected += [f"upscaled on {place} (1, 80, 112, 3)", f"fixed on {place}"] * 2
     assert said[: len(expected)] == expected
     astray = next(line for line in said if line.startswith("astray:"))
     assert "two devices" in astray or "two different devices" in astray, "a tensor astray is found"
+
+
+def test_pictures_are_worked_on_beside_the_model(said):
+    """Where they are resized, where the colour fix filters, and where the result is; by the CPU where there is no room."""
+    assert [line.removeprefix("pictures ") for line in said if line.startswith("pictures")] == [
+        "upscaled ['cuda'] ['cuda'] cpu",
+        "fixed ['cuda'] ['cuda'] cpu",
+        "out of memory ['cpu', 'cuda'] ['cpu'] cpu",
+        "fixed where there is no room ['cpu'] ['cpu'] cpu",
+    ]
 
 
 def test_attention_follows_the_hosts_choice(said):

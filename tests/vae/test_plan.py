@@ -121,6 +121,27 @@ def test_no_tile_has_more_elements_than_kernels_can_count(sd3, tile, free):
         assert max(step.form.reads, step.form.writes) * step.tile_height * step.tile_width < 2**31
 
 
+def test_the_cpu_keeps_no_large_map_that_one_pass_reads():
+    """2048x1376 in fp32: 64 channels at full size take 721 MB. What lies there at most is the map before, of a quarter."""
+    up = Form("map", 64, 64, rescale="up", measured=True)
+    forms = [Form("map", 16, 64), up, up, Form("map", 64, 3, normed=True)]
+    plan = plan_tiles(forms, 344, 512, 4)
+    assert [step.kept for step in plan.steps] == [True, True, False, True]
+    full, quarter = 64 * 1376 * 2048 * 4, 64 * 688 * 1024 * 4
+    ends = (16 * 344 * 512 + 3 * 1376 * 2048) * 4
+    assert quarter + ends < plan.device_bytes < quarter + ends + 150 * 2**20 < full
+    on_a_device = plan_tiles(forms, 344, 512, 4, 80 * GB)
+    assert all(step.kept for step in on_a_device.steps)
+    small = plan_tiles(forms, 86, 128, 4)
+    assert all(step.kept for step in small.steps), "computing twice is not worth it"
+
+
+def test_a_large_map_that_two_passes_read_is_kept(sd3):
+    """SD3's have blocks at each level, which read a map and add to it."""
+    for half, sides in (("decoder", (256, 256)), ("encoder", (2048, 2048))):
+        assert all(step.kept for step in plan_tiles(sd3[half], *sides, 4).steps)
+
+
 def test_the_cpu_tiles_too(sd3):
     plan = plan_tiles(sd3["decoder"], 128, 128, 4)
     assert (plan.maps, plan.keys) == ("device", "device")

@@ -172,9 +172,17 @@ class _Map:
     parts: list[Any] = field(default_factory=list)
     addend: Tensor | None = None
     """What is still to be added to it, where the next pass does that as it reads."""
+    compute: Callable[[Region], Tensor] | None = None
+    """Computes a part of it, where it is not kept."""
+    size: tuple[int, int] = (0, 0)
+    """Height and width, where it is not kept."""
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.size if self.compute else self.tensor.shape[2:]
 
     def part(self, region: Region) -> Tensor:
-        return _part(self.tensor, region)
+        return self.compute(region) if self.compute else _part(self.tensor, region)
 
 
 class _Picture:
@@ -183,6 +191,7 @@ class _Picture:
     def __init__(self, x: Tensor, plan: Plan, device: torch.device, affine: Affine, tiles: TileLoop) -> None:
         self.plan, self.affine, self.tiles = plan, affine, tiles
         self.mover = Mover(torch.empty(0, device=device).device)  # with its index
+        self.dtype = x.dtype
         last = x.dtype.itemsize == 2 and device.type in ("cuda", "cpu") and not plan.kernels.unfolded
         self.layout = torch.channels_last if last else torch.contiguous_format  # faster; fp32 rounds less the other way
         self.wide = torch.empty(0, dtype=torch.promote_types(x.dtype, torch.float32), device=device)
@@ -208,24 +217,26 @@ class _Picture:
         source = self.h if closes else self.x
         scale_shift = None if op.norm is None else self._scale_shift(op.norm, source)
         late = doubled and self.norms.adds_late and self.plan.maps == "device"
-        if target.tensor is None and not (step.whole and self.plan.maps == "device"):
+        if step.kept and target.tensor is None and not (step.whole and self.plan.maps == "device"):
             target.tensor = self._space(step, self.plan.maps)  # here, where running out does not make tiles smaller
 
-        def work(region: Region) -> Callable[[], None]:
-            need = reading(form, region, *source.tensor.shape[2:])
+        def compute(region: Region) -> Tensor:
+            need = reading(form, region, *source.sides)
             tile = self.mover.read(source.part(need.area))
             if scale_shift is None:
                 tile = tile.contiguous(memory_format=self.layout)
             else:
                 tile = self.norms.apply(tile, *scale_shift, True)
             if form.rescale == "up":
-                x = self.x.addend
+                x = source.addend
                 tile = self.norms.double(tile, None if x is None else _part(x, need.area))
             elif any(need.pad):
                 tile = F.pad(tile, (0, need.pad[1], 0, need.pad[0]))
             tile = op.module(tile)[:, :, need.skip[0] :, need.skip[1] :]
-            tile = tile[:, :, : region.height, : region.width]
-            x = None
+            return tile[:, :, : region.height, : region.width]
+
+        def work(region: Region) -> Callable[[], None]:
+            tile, x = compute(region), None
             if closes:
                 x = self.mover.read(self.x.part(region))
                 x = x if op.shortcut is None else op.shortcut(x.contiguous(memory_format=self.layout))
@@ -233,7 +244,14 @@ class _Picture:
                     target.addend, x = x, None
             return self._written(step, target, region, *self.norms.add(tile, x, eps))
 
-        self.tiles.each(step.regions, work)
+        def measure(region: Region) -> Callable[[], None]:
+            parts = self.norms.add(compute(region), None, eps)[1]
+            return lambda: target.parts.extend(parts)
+
+        if step.runs:
+            self.tiles.each(step.regions, work if step.kept else measure)
+        if not step.kept:
+            target.compute, target.size = compute, (step.height, step.width)
         if form.kind == "open":
             self.h = target
         else:
@@ -261,7 +279,7 @@ class _Picture:
             return x[:, : form.writes]  # each tile of x is read before it is written, and no other tile reads it
         shape, device = (1, form.writes, step.height, step.width), self.mover.device if place == "device" else "cpu"
         layout = torch.channels_last if form.kind == "keys" else self.layout  # attention wants the channels of a pixel together
-        return torch.empty(shape, dtype=x.dtype, device=device, memory_format=layout)
+        return torch.empty(shape, dtype=self.dtype, device=device, memory_format=layout)
 
     def _scale_shift(self, norm: nn.GroupNorm, source: _Map) -> tuple[Tensor, Tensor]:
         """The norm of a whole map as ``x * scale + shift``, each ``(1, C, 1, 1)``."""

@@ -28,6 +28,8 @@ _LEAST_SHARE = 128 * 2**20
 """Room for a tile that must be left beside the maps, or the maps go to host memory."""
 HEADROOM = 0.8
 """Share of the free memory that is planned with; the rest is for the workspaces of the convolutions."""
+_LARGE_MAP = 256 * 2**20
+"""On the CPU a map from this size on is not kept where only the next pass reads it: that computes its tiles once more."""
 _MOST_ELEMENTS = 2**31 - 1
 """Kernels count the elements of a tile in 32 bits."""
 
@@ -99,6 +101,13 @@ class Step:
     width: int
     tile_height: int
     tile_width: int
+    kept: bool = True
+    """Whether the result is kept as a map; else the next pass computes what it reads of it, tile by tile."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether the pass has tiles of its own: without a map only where the result must be measured."""
+        return self.kept or self.form.measured
 
     @property
     def whole(self) -> bool:
@@ -136,7 +145,7 @@ class Plan:
     @property
     def tiles(self) -> int:
         """Number of tiles over all passes."""
-        return sum(len(step.regions) for step in self.steps)
+        return sum(len(step.regions) for step in self.steps if step.runs)
 
 
 def plan_tiles(
@@ -183,35 +192,56 @@ def plan_places(
     ends = forms[0].reads * height * width + forms[-1].writes * sizes[-1][0] * sizes[-1][1]  # values of input and result
     x, h, pair = forms[0].reads, 0, 0  # x, h: channels of the maps; pair: bytes of keys and values
     steps: list[Step] = []
+    source: Step | None = None  # the pass before, where its result is not kept
+    below = 0  # bytes of the map that it reads
     peaks, fits = {"device": 0, "host": 0}, True
-    for form, before, size in zip(forms, sizes, sizes[1:], strict=False):
+    for form, following, before, size in zip(forms, (*forms[1:], None), sizes, sizes[1:], strict=False):
         if form.kind == "keys":
             pair = 2 * form.writes * size[0] * size[1] * itemsize
         in_place = form.kind in ("keys", "queries") or (form.kind == "close" and form.writes <= x)
         target = 0 if in_place else form.writes * size[0] * size[1] * itemsize
+        chained = form.kind == "map" and following is not None and following.kind == "map" and source is None
+        kept = not (chained and free is None and maps == "device" and target >= _LARGE_MAP)
+        target *= kept
         held = {"device": 0, "host": 0}
-        held[maps] += (ends + (x + h) * before[0] * before[1]) * itemsize + target
+        held[maps] += (ends + (x + h) * before[0] * before[1]) * itemsize + target + below
         held[keys] += pair
 
-        def bytes_of(tile_height: int, tile_width: int, form: Form = form, tokens: int = size[0] * size[1]) -> int:
-            return tile_bytes(form, tile_height, tile_width, itemsize, maps, keys, kernels, tokens)
+        def bytes_of(
+            tile_height: int, tile_width: int, form: Form = form, tokens: int = size[0] * size[1], source: Step | None = source
+        ) -> int:  # fmt: skip
+            own = tile_bytes(form, tile_height, tile_width, itemsize, maps, keys, kernels, tokens)
+            if source is None:
+                return own
+            needed = (_needed(form, tile_height), _needed(form, tile_width))
+            return own + tile_bytes(source.form, *needed, itemsize, maps, keys, kernels, tokens)
 
         left = None if usable is None else usable - held["device"]
-        step = Step(form, *size, *_tile_size(form, size, left, maps, bytes_of, tile, kernels))
+        step = Step(form, *size, *_tile_size(form, size, left, maps, bytes_of, tile, kernels), kept)
         steps.append(step)
-        adopted = step.whole and maps == "device" and form.kind in ("map", "open", "close")  # the tile becomes the map
+        adopted = kept and step.whole and maps == "device" and form.kind in ("map", "open", "close")  # the tile becomes the map
         working_set = bytes_of(step.tile_height, step.tile_width) - target * adopted
         if left is not None:
             cramped = maps == "device" and not step.whole and left < _LEAST_SHARE
             fits = fits and working_set <= left and not cramped
         peaks = {place: max(peaks[place], held[place] + working_set * (place == "device")) for place in peaks}
-        if form.kind == "open":
+        source, below = (None, 0) if kept else (step, x * before[0] * before[1] * itemsize)
+        if not kept:
+            x = 0
+        elif form.kind == "open":
             h = form.writes
         elif form.kind in ("map", "close"):
             x, h = x if in_place and not adopted else form.writes, 0
         elif form.kind == "queries":
             pair = 0
     return Plan(height, width, maps, keys, tuple(steps), peaks["device"], peaks["host"], fits, kernels)
+
+
+def _needed(form: Form, side: int) -> int:
+    """Side of what a tile of ``side`` reads, away from the borders."""
+    if form.rescale == "same":
+        return side + 2 * form.reach
+    return 2 * side + 1 if form.rescale == "down" else side // 2 + 3
 
 
 def _tile_size(

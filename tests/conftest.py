@@ -2,6 +2,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,9 @@ from .comfyui.graphs import SD3, make_sd3
 from .comfyui.host import Host
 from .support.perceptual_files import Packages, make_packages
 from .support.tiny import Published, make_published, photo
+
+hypothesis.settings.register_profile("suite", deadline=None)  # how fast the machine is says nothing of the code
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

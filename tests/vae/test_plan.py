@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tsdsr_core.sd3.config import VAE_CONFIG
-from tsdsr_core.vae.passes import KEY_TILE, NVIDIA, Kernels, PassSpec, tile_bytes
+from tsdsr_core.vae.passes import KEY_TILE, NVIDIA, Kernels, PassSpec, pass_bytes
 from tsdsr_core.vae.plan import MIN_TILE, PLACES, Region, input_region, plan_places, plan_tiles
 from tsdsr_core.vae.program import decoder_program, encoder_program
 
@@ -123,6 +123,27 @@ def test_no_tile_has_more_elements_than_kernels_can_count(sd3, tile, free):
         assert max(step.spec.in_channels, step.spec.out_channels) * step.tile_height * step.tile_width < 2**31
 
 
+def test_the_cpu_stores_no_large_map_that_one_pass_reads():
+    """2048x1376 in fp32: 64 channels at full size take 721 MB. What lies there at most is the map before, of a quarter."""
+    up = PassSpec("conv", 64, 64, rescale="up", measured=True)
+    specs = [PassSpec("conv", 16, 64), up, up, PassSpec("conv", 64, 3, normalised=True)]
+    plan = plan_tiles(specs, 344, 512, 4)
+    assert [step.stored for step in plan.steps] == [True, True, False, True]
+    full, quarter = 64 * 1376 * 2048 * 4, 64 * 688 * 1024 * 4
+    ends = (16 * 344 * 512 + 3 * 1376 * 2048) * 4
+    assert quarter + ends < plan.device_bytes < quarter + ends + 150 * 2**20 < full
+    on_a_device = plan_tiles(specs, 344, 512, 4, 80 * GB)
+    assert all(step.stored for step in on_a_device.steps)
+    small = plan_tiles(specs, 86, 128, 4)
+    assert all(step.stored for step in small.steps), "computing twice is not worth it"
+
+
+def test_a_large_map_that_two_passes_read_is_stored(sd3):
+    """SD3's have blocks at each level, which read a map and add to it."""
+    for half, sides in (("decoder", (256, 256)), ("encoder", (2048, 2048))):
+        assert all(step.stored for step in plan_tiles(sd3[half], *sides, 4).steps)
+
+
 def test_the_cpu_tiles_too(sd3):
     plan = plan_tiles(sd3["decoder"], 128, 128, 4)
     assert (plan.maps, plan.keys) == ("device", "device")
@@ -197,20 +218,20 @@ def test_scores_are_counted(sd3):
     """Twice in fp32, before and after the softmax; of all keys, or of a tile of them."""
     spec = next(spec for spec in sd3["decoder"] if spec.kind == "attention")
     fused, scored, streamed = (
-        tile_bytes(spec, 10, 20, 2, "device", "device", Kernels(attention), 128**2)
+        pass_bytes(spec, 10, 20, 2, "device", "device", Kernels(attention), 128**2)
         for attention in ("fused", "scored", "streamed")
     )
     assert scored - fused >= 2 * 4 * 200 * 128**2
     assert streamed >= 2 * 4 * 200 * KEY_TILE**2
     assert streamed < scored
-    assert streamed == tile_bytes(spec, 10, 20, 2, "device", "host", NVIDIA, 128**2), "as from host memory"
+    assert streamed == pass_bytes(spec, 10, 20, 2, "device", "host", NVIDIA, 128**2), "as from host memory"
 
 
 @pytest.mark.parametrize(("spec", "columns"), [(SAME, 12 * 22), (UP, 16 * 26), (DOWN, 10 * 20), (POINT, 0)])
 def test_written_out_neighbours_are_counted(spec, columns):
     """Nine values of each channel for each pixel that a convolution gives; a pointwise one has none."""
     plain, unfolded = (
-        tile_bytes(spec, 10, 20, 2, "device", "device", kernels, 200) for kernels in (NVIDIA, Kernels("fused", unfolded=True))
+        pass_bytes(spec, 10, 20, 2, "device", "device", kernels, 200) for kernels in (NVIDIA, Kernels("fused", unfolded=True))
     )
     assert unfolded - plain == 9 * 8 * columns * 2
 

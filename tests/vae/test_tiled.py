@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tsdsr_core.sd3.config import VAE_CONFIG
+from tsdsr_core.sd3.models import load_builtin
 from tsdsr_core.train.dry_run import LiveBytes
 from tsdsr_core.vae import execute, feature_map
+from tsdsr_core.vae import plan as plan_module
 from tsdsr_core.vae.execute import check_memory, plan_and_run, run
 from tsdsr_core.vae.passes import Kernels
 from tsdsr_core.vae.plan import MIN_TILE, plan_places, plan_tiles
@@ -68,6 +70,32 @@ def vae(request):
 @torch.inference_mode()
 def untiled(vae: AutoencoderKL, x: Tensor) -> Tensor:
     return vae.decode(x).sample if x.shape[1] == 16 else vae.encode(x).latent_dist.parameters
+
+
+@pytest.fixture(scope="module")
+def builtin():
+    """Its first level has no blocks, so that the largest maps are read by one pass alone."""
+    return load_builtin(CPU, torch.float32).vae
+
+
+@pytest.mark.rounding
+@pytest.mark.parametrize("tile", [24, None])
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_a_map_that_is_not_stored_changes_nothing(builtin, half, tile, monkeypatch):
+    """Its tiles are computed again by the pass that reads it; only where they are measured does its own pass run."""
+    program, x = (
+        (encoder_program(builtin), pixels(84, 52)) if half == "encoder" else (decoder_program(builtin), latents(21, 13))
+    )
+    kept = plan_for(program, x, tile)
+    monkeypatch.setattr(plan_module, "_LARGE_MAP", 1)
+    plan = plan_for(program, x, tile)
+    left_out = [(op.spec.rescale, step.runs) for op, step in zip(program, plan.steps, strict=True) if not step.stored]
+    assert left_out[0 if half == "encoder" else -1] == (("same", False) if half == "encoder" else ("up", True))
+    done = []
+    result = run(program, x, plan, CPU, tick=lambda *count: done.append(count))
+    assert done[-1] == (plan.tiles, plan.tiles)
+    assert worst(result, run(program, x, kept, CPU)) <= 1e-6
+    assert worst(result, untiled(builtin, x)) <= ROUNDING
 
 
 @pytest.mark.rounding

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import InputError
-from ..sd3.models import DiffusersModel, load_builtin, load_folder, model_from_bundle
 from ..system.device import DEVICES, DTYPES, held_memory
-from ..weights.bundle import is_bundle, read_bundle
+from ..system.imports import hidden
+from ..weights.bundle import BUILTIN, is_bundle, read_bundle
 from ..weights.lora import TRANSFORMER_FILE, VAE_FILE, Lora, load_lora
 from ..weights.prompt import TOKENS_FILE, PromptEmbeds, load_prompt
+
+if TYPE_CHECKING:
+    from ..sd3.models import DiffusersModel
+
+_UNUSED = ("accelerate", "peft", "scipy", "transformers", "torch.distributed.fsdp")
+"""What diffusers, and torch's compiler which it loads, take if it is there, and no bundle needs: seconds of each start."""
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, default_model: str | None) -> None:
@@ -108,15 +117,24 @@ def load_model(options: argparse.Namespace, device: torch.device, dtype: torch.d
             raise InputError(
                 f"--lora-dir, --embedding-dir and LoRA strengths need an SD3 folder as --model, not {options.model}"
             )
-        if options.model == "builtin":
-            return load_builtin(device, dtype)
-        return model_from_bundle(read_bundle(path, "merged"), device, dtype)
+        bundle = read_bundle(BUILTIN if options.model == "builtin" else path, "merged")
+        with _quickly(options):
+            from ..sd3.models import model_from_bundle
+        return model_from_bundle(bundle, device, dtype)
     if not path.is_dir():
         raise InputError(f"--model {options.model} does not exist: expected builtin, a bundle file or an SD3 folder")
     if options.lora_dir is None:
         raise InputError("--model with an SD3 folder needs --lora-dir: the base model alone cannot restore images")
     loras, prompt = load_loras_and_prompt(options.lora_dir, options.embedding_dir)
+    from ..sd3.models import load_folder  # here, since it takes seconds
+
     return load_folder(path, loras, prompt, device, dtype, options.lora_strength, options.vae_lora_strength)
+
+
+def _quickly(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """Hides what diffusers can do without, in a process that runs this command alone: a host of ours may need it later."""
+    alone = getattr(options, "alone", False) and "diffusers" not in sys.modules
+    return hidden(*_UNUSED) if alone else nullcontext()
 
 
 def check_strengths(options: argparse.Namespace) -> None:

@@ -39,10 +39,16 @@ Result = TypeVar("Result")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tsdsr bench``."""
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="model size; sd3-medium needs 16 GB of disk and memory")
+    parser.add_argument("--gpu", action="store_true", help="measure everything that is to be known of a GPU, and write tables")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for --gpu; what does not fit into it is left out")
     parser.add_argument(
-        "--outputs", type=int, nargs="+", default=[512, 1024], metavar="SIDE", help="sides of the results in pixels"
-    )
+        "--size", choices=SIZES, default=argparse.SUPPRESS,
+        help="model size; sd3-medium needs 16 GB of disk and memory (default: tiny, with --gpu sd3-medium)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--outputs", type=int, nargs="+", default=argparse.SUPPRESS, metavar="SIDE",
+        help="sides of the results in pixels (default: 512 1024, with --gpu also 2048 and 4096)",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, taking turns; the median counts")
     parser.add_argument("--only", choices=("both", "ours", "published"), default="both", help="which procedures to run")
     parser.add_argument("--compile", action="store_true", help="run our transformer with torch.compile")
@@ -109,34 +115,53 @@ class Trial:
 
 def run(options: argparse.Namespace) -> int:
     """Run ``tsdsr bench``; returns the exit code."""
+    options.size = getattr(options, "size", "sd3-medium" if options.gpu else "tiny")
+    options.outputs = getattr(options, "outputs", [512, 1024, 2048, 4096] if options.gpu else [512, 1024])
     wrong = [side for side in options.outputs if side < 64 or side % (16 * SCALE)]
     if wrong or options.repeats < 1:
         raise InputError(
             f"--outputs {wrong}, --repeats {options.repeats}: expected sides that are multiples of 64, and at least 1 repeat"
         )
+    if options.gpu:
+        from .gpu.command import run_gpu  # here, since it builds on this module
+
+        return run_gpu(options)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    limit = memory_limit(options, device)
+    contenders = load_contenders(options, device, dtype, memory_limit(options, device))
+    report = describe(options, device, dtype, contenders)
+    _print_head(report)
+    report["rows"] = []
+    for side in options.outputs:
+        rows = compare([Trial(found, side, device) for found in contenders], options.repeats, options.compile)
+        _print_rows(rows, report["ceiling_flops"])
+        report["rows"] += rows
+    print(json.dumps(report))
+    return 0
+
+
+def load_contenders(
+    options: argparse.Namespace, device: torch.device, dtype: torch.dtype, limit: int | None
+) -> list[Contender]:  # fmt: skip
+    """Load the chosen procedures, from random weights that are made where ``--work`` does not hold them."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.work or Path(temporary)) / f"{options.size}-{str(dtype).removeprefix('torch.')}"
         if not (folder / "ours.safetensors").exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_random_weights(folder, SIZES[options.size], dtype)
-        contenders = _load(folder, device, dtype, options, limit)
-    report: dict[str, Any] = {
+        return _load(folder, device, dtype, options, limit)
+
+
+def describe(
+    options: argparse.Namespace, device: torch.device, dtype: torch.dtype, contenders: list[Contender]
+) -> dict[str, Any]:  # fmt: skip
+    """The head of the report: what runs where."""
+    return {
         "machine": machine(device), "device": str(device), "dtype": str(dtype), "size": options.size,
         "repeats": options.repeats, "ceiling_flops": ceiling(device, dtype),
         "weights": {found.name: found.weights for found in contenders},
         "load_seconds": {found.name: found.load_seconds for found in contenders},
     }  # fmt: skip
-    _print_head(report)
-    report["rows"] = []
-    for side in options.outputs:
-        rows = _compare([Trial(found, side, device) for found in contenders], options.repeats, options.compile)
-        _print_rows(rows, report["ceiling_flops"])
-        report["rows"] += rows
-    print(json.dumps(report))
-    return 0
 
 
 def _load(
@@ -155,7 +180,7 @@ def _load(
     return found
 
 
-def _compare(trials: list[Trial], repeats: int, compiled: bool) -> list[dict[str, Any]]:
+def compare(trials: list[Trial], repeats: int, compiled: bool) -> list[dict[str, Any]]:
     """Run the trials in turn, so that other load on the machine affects all alike; the first round is a warm-up."""
     own = [trial.contender.own for trial in trials if trial.contender.own is not None]
     for model in own:

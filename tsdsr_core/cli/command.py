@@ -37,13 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as for standard error: file names may have any bytes
     try:
-        return _run(sys.argv[1:] if arguments is None else arguments)
+        return _run(sys.argv[1:] if arguments is None else arguments, alone=arguments is None)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], alone: bool) -> int:
+    """``alone``: whether this process runs nothing else."""
     parser = argparse.ArgumentParser(prog="tsdsr", description="One-step restoration and enlargement of photographs.")
     parser.add_argument("--version", action="version", version=f"tsdsr {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -59,19 +60,22 @@ def _run(arguments: list[str]) -> int:
             try:
                 command = importlib.import_module("." + _MODULES.get(name, name), __package__)
             except ModuleNotFoundError as error:
-                extra = name if name in ("bench", "train") else "cli"
-                print(f"tsdsr {name}: error: {error.name} is not installed: {installation(extra)}", file=sys.stderr)
-                return 2
+                return _not_installed(name, error)
             sub.description = command.__doc__
             command.add_arguments(sub)
             sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-            sub.set_defaults(run=command.run)
+            sub.set_defaults(run=command.run, alone=alone)
             if name == "train":
                 arguments = [name, *command.with_subcommand(arguments[1:])]
     options = parser.parse_args(arguments)
     _quieten()
     try:
         return options.run(options)
+    except ModuleNotFoundError as error:  # of what is imported only where it is needed
+        if error.name is None or error.name.startswith(__name__.partition(".")[0]):
+            raise
+        _show_trace(options.debug)
+        return _not_installed(options.command, error)
     except (InputError, OSError, FloatingPointError) as error:
         _show_trace(options.debug)
         print(f"tsdsr {options.command}: error: {_message(error)}", file=sys.stderr)
@@ -86,6 +90,14 @@ def _run(arguments: list[str]) -> int:
         advice = getattr(options, "advice", "try another --device, or close programs")
         print(f"tsdsr {options.command}: error: out of memory; {advice} ({reason(error)})", file=sys.stderr)
         return 1
+
+
+def _not_installed(command: str, error: ModuleNotFoundError) -> int:
+    """Say which extra of the package has the missing module; returns the exit code."""
+    extra = command if command in ("bench", "train") else "cli"
+    package = str(error.name).partition(".")[0]
+    print(f"tsdsr {command}: error: {package} is not installed: {installation(extra)}", file=sys.stderr)
+    return 2
 
 
 def _show_trace(debug: bool) -> None:

@@ -21,11 +21,9 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -38,7 +36,6 @@ from ..images.files import check_output, read_picture, write_picture
 from ..images.formats import FORMATS
 from ..images.jobs import Inputs, Job, collect, plan_jobs, result_name, say_left_out
 from ..restore import RECIPES, Options, restore, tiling_of
-from ..sd3.models import DiffusersModel
 from ..system.atomic import check_target, one_line, reason
 from ..system.device import choose_device, choose_dtype
 from ..system.memory import is_out_of_memory
@@ -47,6 +44,9 @@ from ..vae.plan import check_tile
 from ..video import formats as video_formats
 from .arguments import add_device_arguments, add_memory_argument, add_source_arguments, limit_memory, load_model, memory_limit
 from .progress import bar
+
+if TYPE_CHECKING:
+    from ..sd3.models import DiffusersModel
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,9 @@ def _plan(inputs: Inputs, options: argparse.Namespace) -> list[Job]:
 
 def _run_shared(jobs: list[Job], device: torch.device, chosen: Options, options: argparse.Namespace) -> list[Outcome]:
     """Do this process's part of ``jobs``; returns the outcomes of all processes."""
+    from accelerate import PartialState  # here, since it takes time and one process does not need it
+    from accelerate.utils import gather_object
+
     shared = PartialState(cpu=device.type == "cpu")
     try:
         with shared.split_between_processes(jobs) as mine:

@@ -28,12 +28,14 @@ def convolve(
     adds_x = op.spec.kind == "residual_end"
     scale_shift = None if op.norm is None else work.scale_shift(op.norm, source)
     may_defer = doubled_next and work.norms.adds_late and work.plan.maps == "device"
-    if target.tensor is None and not (step.whole and work.plan.maps == "device"):
+    if step.stored and target.tensor is None and not (step.whole and work.plan.maps == "device"):
         target.tensor = work.allocate(step, work.plan.maps, x.tensor)  # here, since smaller tiles would not help a map to fit
 
+    def compute(region: Region) -> Tensor:
+        return _convolved(work, op, region, source, scale_shift)
+
     def process(region: Region) -> Callable[[], None]:
-        tile = _convolved(work, op, region, source, scale_shift)
-        residual = None
+        tile, residual = compute(region), None
         if adds_x:
             residual = work.mover.read(x.crop(region))
             if op.shortcut is not None:
@@ -42,7 +44,14 @@ def convolve(
                 target.pending_residual, residual = residual, None
         return work.store(step, target, region, *work.norms.add(tile, residual, eps), x)
 
-    work.tiles.each(step.regions, process)
+    def measure(region: Region) -> Callable[[], None]:
+        statistics = work.norms.add(compute(region), None, eps)[1]
+        return lambda: target.statistics.extend(statistics)
+
+    if step.runs:
+        work.tiles.each(step.regions, process if step.stored else measure)
+    if not step.stored:
+        target.compute, target.computed_size = compute, (step.height, step.width)
     return target
 
 
@@ -50,7 +59,7 @@ def _convolved(
     work: Workspace, op: Conv, region: Region, source: FeatureMap, scale_shift: tuple[Tensor, Tensor] | None
 ) -> Tensor:  # fmt: skip
     """The convolution's result for ``region``."""
-    needed = input_region(op.spec, region, *source.tensor.shape[2:])
+    needed = input_region(op.spec, region, *source.size)
     tile = work.mover.read(source.crop(needed.area))
     tile = tile.contiguous(memory_format=work.layout) if scale_shift is None else work.norms.apply(tile, *scale_shift, True)
     if op.spec.rescale == "up":

@@ -29,30 +29,39 @@ class FeatureMap:
     """Mean and variance of its tiles, if a norm follows."""
     pending_residual: Tensor | None = None
     """What the next pass adds to it while it reads it."""
+    compute: Callable[[Region], Tensor] | None = None
+    """Computes a region of it, if it is not stored."""
+    computed_size: tuple[int, int] = (0, 0)
+    """Height and width, if it is not stored."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.computed_size if self.compute else self.tensor.shape[2:]
 
     def crop(self, region: Region) -> Tensor:
-        return crop(self.tensor, region)
+        return self.compute(region) if self.compute else crop(self.tensor, region)
 
 
 class Workspace:
     """Device, memory layout, norms and tile loop of the passes over one image; allocates feature maps and stores tiles."""
 
     def __init__(self, x: Tensor, plan: Plan, device: torch.device, affine: Affine, tiles: TileLoop) -> None:
-        self.plan, self.affine, self.tiles = plan, affine, tiles
+        self.plan, self.affine, self.tiles, self.dtype = plan, affine, tiles, x.dtype
         self.mover = Mover(torch.empty(0, device=device).device)  # with its index
         channels_last = x.dtype.itemsize == 2 and device.type in ("cuda", "cpu") and not plan.kernels.unfolded
         self.layout = torch.channels_last if channels_last else torch.contiguous_format  # fp32 rounds less in the latter
         self.norms = norms_for(self.mover.device, x.dtype, self.layout)
         self._wide = torch.empty(0, dtype=torch.promote_types(x.dtype, torch.float32), device=device)
 
-    def allocate(self, step: Step, place: Place, x: Tensor) -> Tensor:
-        """Memory for the result of a pass over the map ``x``: that of ``x`` itself if the result is added to it."""
+    def allocate(self, step: Step, place: Place, x: Tensor | None) -> Tensor:
+        """Memory for the result of a pass: that of the map ``x`` if the result is added to it."""
         spec = step.spec
-        if spec.kind in ("residual_end", "attention") and spec.out_channels <= x.shape[1]:
+        if x is not None and spec.kind in ("residual_end", "attention") and spec.out_channels <= x.shape[1]:
             return x[:, : spec.out_channels]  # each tile of x is read before it is written, and no other tile reads it
         shape, device = (1, spec.out_channels, step.height, step.width), self.mover.device if place == "device" else "cpu"
         layout = torch.channels_last if spec.kind == "keys" else self.layout  # attention reads all channels of a pixel at once
-        return torch.empty(shape, dtype=x.dtype, device=device, memory_format=layout)
+        return torch.empty(shape, dtype=self.dtype, device=device, memory_format=layout)
 
     def store(
         self, step: Step, target: FeatureMap, region: Region, tile: Tensor, statistics: list[Any], x: FeatureMap

@@ -67,7 +67,7 @@ def score_values(spec: PassSpec, kernels: Kernels, tokens: int) -> int:
     return tokens if kernels.attention == "scored" else min(tokens, KEY_TILE**2)
 
 
-def tile_bytes(
+def pass_bytes(
     spec: PassSpec, tile_height: int, tile_width: int, itemsize: int, maps: Place, keys: Place, kernels: Kernels, tokens: int
 ) -> int:
     """The most that one tile of a pass takes on the device beside the maps that live there.

@@ -15,12 +15,13 @@ activation before it, and writes another. A tile of the result needs its own reg
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
-from .passes import NVIDIA, Kernels, PassSpec, Place, score_values, tile_bytes, unfolded_values
+from .passes import NVIDIA, Kernels, PassSpec, Place, pass_bytes, score_values, unfolded_values
 
 PLACES: tuple[tuple[Place, Place], ...] = (("device", "device"), ("host", "device"), ("host", "host"))
 """Places of the maps and of the attention's keys and values, the fastest first."""
@@ -37,6 +38,10 @@ _MIN_FREE = 128 * 2**20
 """Memory that must be left for a tile beside the maps; else the maps go to host memory."""
 HEADROOM = 0.8
 """Share of the free memory that is used; the rest is for the workspaces of convolution kernels."""
+_LARGE_MAP = 256 * 2**20
+"""On the CPU, a map of at least this many bytes is not stored if only the next pass reads it: that one computes it again."""
+_ADOPTING = ("conv", "residual_start", "residual_end")
+"""Kinds of passes of which a tile that is the whole map becomes the map."""
 _MAX_ELEMENTS = 2**31 - 1
 """Kernels count the elements of a tile in 32 bits."""
 
@@ -105,6 +110,13 @@ class Step:
     width: int
     tile_height: int
     tile_width: int
+    stored: bool = True
+    """Whether the result is stored as a map; else the next pass computes what it reads of it, tile by tile."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether the pass has tiles of its own: without a stored map, only to measure its result."""
+        return self.stored or self.spec.measured
 
     @property
     def whole(self) -> bool:
@@ -142,7 +154,7 @@ class Plan:
     @property
     def tiles(self) -> int:
         """Number of tiles over all passes."""
-        return sum(len(step.regions) for step in self.steps)
+        return sum(len(step.regions) for step in self.steps if step.runs)
 
 
 def plan_tiles(
@@ -185,42 +197,62 @@ def plan_places(
     sizes = list(itertools.accumulate(specs, lambda size, spec: spec.size(*size), initial=(height, width)))
     if min(min(size) for size in sizes) < 1:
         raise InputError(f"an image of {width}x{height} is too small for this VAE")
-    ends = (
-        specs[0].in_channels * height * width + specs[-1].out_channels * sizes[-1][0] * sizes[-1][1]
-    )  # values of input and result
-    x, h, pair = specs[0].in_channels, 0, 0  # x, h: channels of the maps; pair: bytes of keys and values
+    ends = specs[0].in_channels * height * width + specs[-1].out_channels * sizes[-1][0] * sizes[-1][1]  # input and result
+    x, hidden, pair = specs[0].in_channels, 0, 0  # channels of the two maps; bytes of keys and values
     steps: list[Step] = []
+    source: Step | None = None  # the pass before, if its result is not stored
+    source_input = 0  # bytes of the map that it reads
     peaks, fits = {"device": 0, "host": 0}, True
-    for spec, before, size in zip(specs, sizes, sizes[1:], strict=False):
+    for spec, following, before, size in zip(specs, (*specs[1:], None), sizes, sizes[1:], strict=False):
         if spec.kind == "keys":
             pair = 2 * spec.out_channels * size[0] * size[1] * itemsize
         in_place = spec.kind in ("keys", "attention") or (spec.kind == "residual_end" and spec.out_channels <= x)
         target = 0 if in_place else spec.out_channels * size[0] * size[1] * itemsize
+        only_next = spec.kind == "conv" and following is not None and following.kind == "conv" and source is None
+        stored = not (only_next and free is None and maps == "device" and target >= _LARGE_MAP)
+        target *= stored
         held = {"device": 0, "host": 0}
-        held[maps] += (ends + (x + h) * before[0] * before[1]) * itemsize + target
+        held[maps] += (ends + (x + hidden) * before[0] * before[1]) * itemsize + target + source_input
         held[keys] += pair
-
-        def bytes_of(tile_height: int, tile_width: int, spec: PassSpec = spec, tokens: int = size[0] * size[1]) -> int:
-            return tile_bytes(spec, tile_height, tile_width, itemsize, maps, keys, kernels, tokens)
-
+        bytes_of = functools.partial(_working_set, spec, source, itemsize, maps, keys, kernels, size[0] * size[1])
         left = None if usable is None else usable - held["device"]
-        step = Step(spec, *size, *_tile_size(spec, size, left, maps, bytes_of, tile, kernels))
+        step = Step(spec, *size, *_tile_size(spec, size, left, maps, bytes_of, tile, kernels), stored)
         steps.append(step)
-        adopted = (
-            step.whole and maps == "device" and spec.kind in ("conv", "residual_start", "residual_end")
-        )  # the tile becomes the map
+        adopted = stored and step.whole and maps == "device" and spec.kind in _ADOPTING
         working_set = bytes_of(step.tile_height, step.tile_width) - target * adopted
         if left is not None:
             cramped = maps == "device" and not step.whole and left < _MIN_FREE
             fits = fits and working_set <= left and not cramped
         peaks = {place: max(peaks[place], held[place] + working_set * (place == "device")) for place in peaks}
-        if spec.kind == "residual_start":
-            h = spec.out_channels
+        source, source_input = (None, 0) if stored else (step, x * before[0] * before[1] * itemsize)
+        if not stored:
+            x = 0
+        elif spec.kind == "residual_start":
+            hidden = spec.out_channels
         elif spec.kind in ("conv", "residual_end"):
-            x, h = x if in_place and not adopted else spec.out_channels, 0
+            x, hidden = x if in_place and not adopted else spec.out_channels, 0
         elif spec.kind == "attention":
             pair = 0
     return Plan(height, width, maps, keys, tuple(steps), peaks["device"], peaks["host"], fits, kernels)
+
+
+def _working_set(
+    spec: PassSpec, source: Step | None, itemsize: int, maps: Place, keys: Place, kernels: Kernels, tokens: int,
+    tile_height: int, tile_width: int,
+) -> int:  # fmt: skip
+    """Bytes of a tile, and of what it computes of the result of ``source``, if that is not stored."""
+    own = pass_bytes(spec, tile_height, tile_width, itemsize, maps, keys, kernels, tokens)
+    if source is None:
+        return own
+    needed = _input_side(spec, tile_height), _input_side(spec, tile_width)
+    return own + pass_bytes(source.spec, *needed, itemsize, maps, keys, kernels, tokens)
+
+
+def _input_side(spec: PassSpec, side: int) -> int:
+    """Side of what a tile of ``side`` reads, away from the borders of the image."""
+    if spec.rescale == "same":
+        return side + 2 * spec.halo
+    return 2 * side + 1 if spec.rescale == "down" else side // 2 + 3
 
 
 def _tile_size(

@@ -1,0 +1,73 @@
+"""``tsdsr upscale`` starts without the packages that the built-in model does not need."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tsdsr_core.cli import arguments
+from tsdsr_core.system.imports import hidden
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import importlib.util, json, sys
+{before}
+from tsdsr_core.cli import main
+code = main()
+left_out = ("accelerate", "av", "peft", "scipy", "tensorboard", "transformers")
+loaded = [name for name in left_out if name in sys.modules]
+found = [name for name in ("peft", "transformers", "torch.distributed.fsdp") if importlib.util.find_spec(name)]
+print(json.dumps({{"code": code, "loaded": loaded, "found": found}}))
+"""
+
+
+def start(tmp_path: Path, *given: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the command on a small picture in a process of its own, as from a shell."""
+    Image.new("RGB", (24, 16), (90, 120, 60)).save(tmp_path / "in.png")
+    command = ["upscale", str(tmp_path / "in.png"), "-o", str(tmp_path / "out.png"), "--device", "cpu", *given]
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(before=before), *command], capture_output=True, text=True, cwd=ROOT
+    )  # fmt: skip
+
+
+def test_the_built_in_model_loads_nothing_that_it_does_not_need(tmp_path):
+    for name in ("peft", "scipy", "transformers"):
+        pytest.importorskip(name, reason="what is not installed is not loaded in any case")
+    ended = start(tmp_path)
+    report = json.loads(ended.stdout.splitlines()[-1])
+    assert report == {"code": 0, "loaded": [], "found": ["peft", "transformers", "torch.distributed.fsdp"]}, ended.stderr
+    assert ended.stderr == "", "nor does anything complain"
+    assert Image.open(tmp_path / "out.png").size == (96, 64)
+
+
+def test_a_missing_package_is_named_when_it_is_needed(tmp_path):
+    ended = start(tmp_path, before="sys.modules['diffusers'] = None")
+    assert json.loads(ended.stdout.splitlines()[-1])["code"] == 2
+    assert ended.stderr.startswith("tsdsr upscale: error: diffusers is not installed: pip install -e '.[cli]'")
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("alone", "loaded"), [(True, True), (False, False), (False, True)])
+def test_a_program_that_goes_on_keeps_all_packages(alone, loaded, monkeypatch):
+    """The program may use diffusers with peft next."""
+    monkeypatch.setitem(sys.modules, "diffusers", sys) if loaded else monkeypatch.delitem(
+        sys.modules, "diffusers", raising=False
+    )
+    monkeypatch.delitem(sys.modules, "peft", raising=False)
+    with arguments._quickly(argparse.Namespace(alone=alone)):
+        assert "peft" not in sys.modules
+
+
+def test_hidden_packages_are_found_again(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with hidden("colorsys", "json"):
+        assert sys.modules["json"] is json, "what is loaded stays"
+        with pytest.raises(ModuleNotFoundError, match="colorsys"):
+            import colorsys
+    import colorsys
+
+    assert colorsys.rgb_to_hsv(1, 1, 1) == (0, 0, 1)

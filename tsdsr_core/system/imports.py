@@ -1,4 +1,4 @@
-"""Quick imports: a package that can do without others is loaded without them, where they would take seconds."""
+"""Faster imports: loads a package without its optional dependencies, which may take seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def hidden(*names: str) -> Iterator[None]:
     """Inside, packages called ``names`` are not found, unless they are loaded already.
 
-    What is imported inside keeps doing without them, so this is for programs that know all that they will need.
+    What is imported inside works without them later too, so this is for programs that know all that they will need.
 
     >>> with hidden("colorsys"):
     ...     try:
@@ -22,7 +22,7 @@ def hidden(*names: str) -> Iterator[None]:
     >>> import colorsys
     """
     new = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(new))  # type: ignore[arg-type]  # Python's way to say that there is no such module
+    sys.modules.update(dict.fromkeys(new))  # type: ignore[arg-type]  # None means that there is no such module
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..system.heap import own_heap
 from ..system.memory import RanOut, check_ram, is_out_of_memory
 from .attention import attend, project_keys_and_values
 from .convolution import convolve
@@ -141,7 +142,8 @@ def run(
         raise InputError(f"input of shape {tuple(x.shape)}: the plan is for another program, or for images of {expected}")
     result = x.new_empty(len(x), last.spec.out_channels, last.height, last.width)
     max_halvings = _MAX_HALVINGS if _could_move(plan, device) else None
-    tiles = TileLoop(plan.tiles * len(x), tick, release, ran_out, max_halvings)
+    after = own_heap().check if device.type == "cpu" else lambda: None
+    tiles = TileLoop(plan.tiles * len(x), tick, release, ran_out, max_halvings, after)
     with _no_search():
         for index in range(len(x)):
             image = x[index : index + 1]

@@ -20,10 +20,16 @@ class TileLoop:
     """Goes over the tiles of all passes, counts them, and halves those of a pass after an out-of-memory error in it."""
 
     def __init__(
-        self, total: int, tick: Tick, release: Callable[[], None], ran_out: RanOut, max_halvings: int | None
+        self, total: int, tick: Tick, release: Callable[[], None], ran_out: RanOut, max_halvings: int | None,
+        after: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        """``max_halvings``: how often tiles are halved before the error is raised; None: down to the smallest tile."""
+        """
+        Args:
+            max_halvings: how often tiles are halved before the error is raised; None: down to the smallest tile.
+            after: called when the memory of a tile is free again.
+        """
         self.total, self.tick, self.release, self.ran_out, self.max_halvings = total, tick, release, ran_out, max_halvings
+        self.after = after
         self.done, self.halvings, self.reported = 0, 0, 0
 
     def each(self, regions: Iterable[Region], process: Process) -> None:
@@ -31,6 +37,7 @@ class TileLoop:
         self.halvings = 0
         for region in regions:
             self._process(region, process, 0)
+            self.after()
             self.done += 1
             self.tick(self.done, self.total)
 

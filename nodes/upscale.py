@@ -15,7 +15,7 @@ from . import inputs
 from .checks import checked
 from .host import models, running, sampling
 from .host import vae as host_vae
-from .host.draft import Draft
+from .host.previews import Draft
 from .host.schema import field, schema
 from .report import Report
 from .types import Conditioning, Model, Vae

@@ -12,7 +12,7 @@ from . import inputs
 from .checks import checked
 from .host import models, placement, running
 from .host import vae as host_vae
-from .host.draft import Draft
+from .host.previews import Draft
 from .host.schema import field, schema
 from .types import Latent, Vae
 

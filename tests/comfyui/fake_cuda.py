@@ -117,7 +117,7 @@ def pictures(nodes: Any, mode: Any) -> None:
         nodes.colour.match_colour = scarce
         show("out of memory", nodes.colour.ColorFix, reference=image[:, :8])
         nodes.colour.match_colour = match
-        management.get_free_memory = lambda dev=None, torch_free_too=False: (1e6, 1e6) if torch_free_too else 1e6
+        management.get_free_memory = lambda dev=None, torch_free_too=False: (1e5, 1e5) if torch_free_too else 1e5
         show("fixed where there is no room", nodes.colour.ColorFix, reference=image[:, :8])
         pretend(mode.device)
 

@@ -53,6 +53,8 @@ class Host:
 
     def __init__(self, folder: Path, python: Path, base: Path) -> None:
         self.base = base
+        self.passes_all_inputs = "ACCEPT_ALL_INPUTS" in (folder / "execution.py").read_text(encoding="utf-8")
+        """Whether a node that asks for it is given inputs that its schema does not know."""
         for name in (
             "input",
             "output",

@@ -82,7 +82,7 @@ def boxes_of(path: Path) -> list[tuple[float, float, float, float]]:
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_template_is_readable_as_it_opens(path):
-    """All of it is shown, so it must not be so large that its texts are left out: on a laptop for the first, else on a desktop."""
+    """All of it is shown, without texts where they would be small: not so on a laptop (the first) or a desktop (the others)."""
     assert "ds" not in read(path)["extra"], "a view of its own would show a part of it in older frontends"
     boxes = boxes_of(path)
     width = max(x + w for x, _, w, _ in boxes) - min(x for x, *_ in boxes)

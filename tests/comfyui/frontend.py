@@ -74,6 +74,9 @@ def is_error(message) -> bool:
 
 SAME_TYPES = "types => JSON.stringify(app.graph._nodes.map(n => n.type).sort()) === types"
 
+DRAWN = """count => !LiteGraph.vueNodesMode || document.querySelectorAll('.lg-node[data-node-id]').length === count"""
+"""Nodes 2.0 draws a while after a workflow is there; the classic view draws each frame as it is."""
+
 
 def types_of(path: Path) -> str:
     """The types of a workflow's nodes, as ``SAME_TYPES`` compares them."""
@@ -109,8 +112,10 @@ def drop(page, path: Path, text: str | None = None) -> None:
     """Open a workflow as if its file, or ``text`` in its place, were dropped onto the page."""
     page.errors.clear()
     page.evaluate("app.graph.clear()")
+    page.wait_for_function(DRAWN, arg=0, timeout=WAIT)  # else Nodes 2.0 stumbles over nodes of the same number
     page.evaluate(DROP, [text or path.read_text(encoding="utf-8"), path.name])
     page.wait_for_function(SAME_TYPES, arg=types_of(path), timeout=WAIT)
+    page.wait_for_function(DRAWN, arg=len(json.loads(types_of(path))), timeout=WAIT)
     page.wait_for_timeout(500)
 
 

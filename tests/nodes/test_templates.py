@@ -28,6 +28,7 @@ REPORTED = """app.graph._nodes.some(n => n.type === 'TSDSRUpscale' && n.widgets.
   return text.includes('→') && text.includes('encode');
 }))"""
 """Whether the node shows sizes and seconds."""
+NOTES = ".comfy-markdown-content, .comfy-markdown .tiptap, .widget-markdown"
 SHOWN = """() => {
   const elements = [...document.querySelectorAll('.lg-node[data-node-id]')];
   const drawn = elements.map(e => [e.dataset.nodeId, e.getBoundingClientRect()]);
@@ -35,10 +36,10 @@ SHOWN = """() => {
     : app.graph._nodes.map(n => [n.id, n.boundingRect]).map(([id, r]) => [id, r[0], r[1], r[0] + r[2], r[1] + r[3]]);
   const apart = (a, b) => a[3] <= b[1] + 1 || b[3] <= a[1] + 1 || a[4] <= b[2] + 1 || b[4] <= a[2] + 1;
   const overlapping = boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => !apart(a, b)).map(b => `${a[0]} and ${b[0]}`));
-  const texts = [...document.querySelectorAll('.comfy-markdown-content, .comfy-markdown .tiptap, .widget-markdown')];
+  const texts = [...document.querySelectorAll('NOTES')];
   const cut = texts.filter(e => e.scrollHeight > e.clientHeight + 1).map(e => e.textContent.slice(0, 30));
   return {nodes: boxes.length, overlapping, notes: texts.length > 0, cut};
-}"""
+}""".replace("NOTES", NOTES)
 """How many nodes are drawn, which of them overlap as drawn, and which notes do not fit into theirs."""
 NOTHING = {"unknown": [], "red": [], "models": [], "pictures": []}
 by_name = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -81,6 +82,7 @@ def test_a_template_opens_by_drop_and_is_its_twin(view, path, page):
     missing = page.evaluate(MISSING)
     assert missing["unknown"] == missing["pictures"] == []
     nodes = len(json.loads(path.read_text(encoding="utf-8"))["nodes"])
+    page.wait_for_selector(NOTES, state="attached", timeout=WAIT)
     assert page.evaluate(SHOWN) == {"nodes": nodes, "overlapping": [], "notes": True, "cut": []}
     assert page.errors == []
 

@@ -183,27 +183,6 @@ def fresh(tmp_path_factory):
     server.close()
 
 
-def test_the_first_template_in_chinese(fresh, browser):
-    """Titles and settings are Chinese, the note explains itself in Chinese, and it runs."""
-    fresh.post("/settings", {**frontend.SETTINGS, "Comfy.VueNodes.Enabled": False, "Comfy.Locale": "zh"})
-    page = frontend.open_page(browser, f"http://127.0.0.1:{fresh.port}/")
-    open_template(page, WORKFLOWS[0].stem)
-    assert page.evaluate(MISSING) == NOTHING
-    names = json.loads((host_module.ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
-    shown = dict(page.evaluate("app.graph._nodes.map(n => [n.type, n.title])"))
-    for name in ("TSDSRUpscale", "TSDSRLoadCheckpoint"):
-        assert shown[name] == names[name]["display_name"]
-    inputs = {key: entry["name"] for key, entry in names["TSDSRUpscale"]["inputs"].items()}
-    labels = page.evaluate("app.graph._nodes.find(n => n.type === 'TSDSRUpscale').widgets.map(w => w.label ?? w.name)")
-    assert {inputs[key] for key in ("size", "strength", "color_fix")} <= set(labels)
-    page.get_by_text("修复照片并放大 4 倍").first.wait_for(timeout=WAIT)
-    result = run_in_page(page, fresh)
-    assert result.status == "success"
-    assert page.errors == []
-    page.close()
-    fresh.post("/settings", {"Comfy.Locale": "en"})
-
-
 @in_each_view
 def test_the_first_run_restores_a_photo(view, fresh, browser):
     """Start, templates, the first of the pack, Run, compare; nothing chosen, nothing downloaded."""
@@ -226,3 +205,24 @@ def test_the_first_run_restores_a_photo(view, fresh, browser):
     else:
         page.get_by_alt_text("After image").first.wait_for(timeout=WAIT)  # the slider
     page.close()
+
+
+def test_the_first_template_in_chinese(fresh, browser):
+    """Titles and settings are Chinese, the note explains itself in Chinese, and it runs; after the test that waits for previews."""
+    fresh.post("/settings", {**frontend.SETTINGS, "Comfy.VueNodes.Enabled": False, "Comfy.Locale": "zh"})
+    page = frontend.open_page(browser, f"http://127.0.0.1:{fresh.port}/")
+    open_template(page, WORKFLOWS[0].stem)
+    assert page.evaluate(MISSING) == NOTHING
+    names = json.loads((host_module.ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    shown = dict(page.evaluate("app.graph._nodes.map(n => [n.type, n.title])"))
+    for name in ("TSDSRUpscale", "TSDSRLoadCheckpoint"):
+        assert shown[name] == names[name]["display_name"]
+    inputs = {key: entry["name"] for key, entry in names["TSDSRUpscale"]["inputs"].items()}
+    labels = page.evaluate("app.graph._nodes.find(n => n.type === 'TSDSRUpscale').widgets.map(w => w.label ?? w.name)")
+    assert {inputs[key] for key in ("size", "strength", "color_fix")} <= set(labels)
+    page.get_by_text("修复照片并放大 4 倍").first.wait_for(timeout=WAIT)
+    result = run_in_page(page, fresh)
+    assert result.status == "success"
+    assert page.errors == []
+    page.close()
+    fresh.post("/settings", {"Comfy.Locale": "en"})

@@ -208,7 +208,10 @@ def test_the_first_run_restores_a_photo(view, fresh, browser):
 
 
 def test_the_first_template_in_chinese(fresh, browser):
-    """Titles and settings are Chinese, the note explains itself in Chinese, and it runs; after the test that waits for previews."""
+    """Titles and settings are Chinese, the note explains itself in Chinese, and it runs.
+
+    After the test that waits for previews, since its results are at hand here.
+    """
     fresh.post("/settings", {**frontend.SETTINGS, "Comfy.VueNodes.Enabled": False, "Comfy.Locale": "zh"})
     page = frontend.open_page(browser, f"http://127.0.0.1:{fresh.port}/")
     open_template(page, WORKFLOWS[0].stem)

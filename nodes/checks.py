@@ -42,8 +42,10 @@ def _checked(fields: Sequence[Any], given: dict[str, Any], prefix: str = "") -> 
         if field.id in given:
             found[field.id] = _check(field, name, given[field.id])
         elif not field.optional:
-            keys = [option.key for option in field.options] if field.get_io_type() == "COMFY_DYNAMICCOMBO_V3" else []
-            raise ValueError(f"{name} is missing: expected {'one of ' + ', '.join(keys) if keys else 'a value'}")
+            if field.get_io_type() != "COMFY_DYNAMICCOMBO_V3":
+                raise ValueError(f"{name} is missing: expected a value")
+            keys = ", ".join(option.key for option in field.options)
+            raise ValueError(f"{name} is missing or misspelt: expected one of {keys}")  # older hosts pass nothing unknown on
     return found
 
 

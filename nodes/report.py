@@ -54,7 +54,7 @@ class Report:
         tiles = "one tile" if each == 1 else f"{each} tiles of {self.tiles.width}x{self.tiles.height}"
         lines = [
             f"{count}{_shown(size)} → {_shown(plan.target)}{processed}, {tiles}",
-            ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items()),
+            ", ".join(f"{name} {seconds:.{int(seconds < 9.95)}f} s" for name, seconds in self.seconds.items()),
         ]
         became = {"wavelet_levels": levels} if levels else {}
         if each > 1:

@@ -20,9 +20,11 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 
-import comfy.memory_management  # noqa: E402
 import comfy.model_management as management  # noqa: E402
 import torch  # noqa: E402
+
+with contextlib.suppress(ModuleNotFoundError):  # of newer hosts
+    import comfy.memory_management
 
 
 class Setter:
@@ -130,13 +132,13 @@ def choices(host: Any, device: torch.device) -> None:
             torch.version.cuda = cuda
             print("attention", enabled, kind.type, cuda, host.vae._kernels(kind).attention)
     for error in (management.OOM_EXCEPTION("no"), RuntimeError("HIP out of memory"), RuntimeError("other"), ValueError("no")):
-        own, management.is_oom = management.is_oom, lambda e: "other" in str(e)
+        management.is_oom = lambda e: "other" in str(e)
         newer = host.running.ran_out(error)
         del management.is_oom
         print("out of memory", newer, host.running.ran_out(error))
-        management.is_oom = own
     kept = [3e9, 2e9]
     management.get_free_memory = lambda dev=None, torch_free_too=False: 8e9 - sum(kept)
+    comfy.memory_management = getattr(comfy, "memory_management", SimpleNamespace())  # as newer hosts have it
     comfy.memory_management.extra_ram_release = lambda target, free_active=False: kept.pop() if target > 3e9 else 0
     management.free_pins = lambda size, **_: kept.pop() if size > 0 else 0
     print("free", [host.running.free_ram(int(wanted)) for wanted in (2e9, 4e9, 8e9)])

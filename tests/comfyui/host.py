@@ -53,6 +53,8 @@ class Host:
 
     def __init__(self, folder: Path, python: Path, base: Path) -> None:
         self.base = base
+        self.passes_all_inputs = "ACCEPT_ALL_INPUTS" in (folder / "execution.py").read_text(encoding="utf-8")
+        """Whether a node that asks for it is given inputs that its schema does not know."""
         for name in (
             "input",
             "output",
@@ -77,10 +79,13 @@ class Host:
             self.process = subprocess.Popen(
                 list(map(str, command)), cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        deadline = time.monotonic() + 240
+        began = time.monotonic()
+        deadline = began + 240
         while True:
             try:
                 self.get("/system_stats")
+                self.started_in = time.monotonic() - began
+                """Seconds."""
                 return
             except OSError:
                 assert self.process.poll() is None, self.log.read_text()[-3000:]
@@ -116,7 +121,7 @@ class Host:
     def start(self, graph: Graph) -> str:
         """Queue a prompt; returns its id."""
         answer = self.post("/prompt", {"prompt": graph.nodes})
-        assert "prompt_id" in answer, json.dumps(answer, indent=1)
+        assert not answer.get("node_errors", answer.get("error")), json.dumps(answer, indent=1)
         return answer["prompt_id"]
 
     def wait(self, prompt: str, seconds: float = 300) -> Result:

@@ -28,6 +28,19 @@ REPORTED = """app.graph._nodes.some(n => n.type === 'TSDSRUpscale' && n.widgets.
   return text.includes('→') && text.includes('encode');
 }))"""
 """Whether the node shows sizes and seconds."""
+NOTES = ".comfy-markdown-content, .comfy-markdown .tiptap, .widget-markdown"
+SHOWN = """() => {
+  const elements = [...document.querySelectorAll('.lg-node[data-node-id]')];
+  const drawn = elements.map(e => [e.dataset.nodeId, e.getBoundingClientRect()]);
+  const boxes = LiteGraph.vueNodesMode ? drawn.map(([id, r]) => [id, r.left, r.top, r.right, r.bottom])
+    : app.graph._nodes.map(n => [n.id, n.boundingRect]).map(([id, r]) => [id, r[0], r[1], r[0] + r[2], r[1] + r[3]]);
+  const apart = (a, b) => a[3] <= b[1] + 1 || b[3] <= a[1] + 1 || a[4] <= b[2] + 1 || b[4] <= a[2] + 1;
+  const overlapping = boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => !apart(a, b)).map(b => `${a[0]} and ${b[0]}`));
+  const texts = [...document.querySelectorAll('NOTES')];
+  const cut = texts.filter(e => e.scrollHeight > e.clientHeight + 1).map(e => e.textContent.slice(0, 30));
+  return {nodes: boxes.length, overlapping, notes: texts.length > 0, cut};
+}""".replace("NOTES", NOTES)
+"""How many nodes are drawn, which of them overlap as drawn, and which notes do not fit into theirs."""
 NOTHING = {"unknown": [], "red": [], "models": [], "pictures": []}
 by_name = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 in_each_view = pytest.mark.parametrize("view", VIEWS)
@@ -68,6 +81,9 @@ def test_a_template_opens_by_drop_and_is_its_twin(view, path, page):
     assert found == twin
     missing = page.evaluate(MISSING)
     assert missing["unknown"] == missing["pictures"] == []
+    nodes = len(json.loads(path.read_text(encoding="utf-8"))["nodes"])
+    page.wait_for_selector(NOTES, state="attached", timeout=WAIT)
+    assert page.evaluate(SHOWN) == {"nodes": nodes, "overlapping": [], "notes": True, "cut": []}
     assert page.errors == []
 
 
@@ -92,6 +108,13 @@ def open_template(page, name: str) -> None:
     card.evaluate("card => card.click()")  # a pointer would wait until every thumbnail has stopped moving
     page.wait_for_function(SAME_TYPES, arg=types_of(FOLDER / f"{name}.json"), timeout=WAIT)
     page.wait_for_timeout(500)
+
+
+@on_a_host
+def test_the_template_browser_has_them_in_order(page):
+    """Whatever the order of the files."""
+    names = page.evaluate("async name => (await app.api.getWorkflowTemplates())[name]", host_module.PACK)
+    assert names == [path.stem for path in WORKFLOWS]
 
 
 @pytest.mark.parametrize("query", ["restore", "upscale", "old photo", "grainy", "noisy", "video", "folder", "TSD-SR"])
@@ -182,3 +205,27 @@ def test_the_first_run_restores_a_photo(view, fresh, browser):
     else:
         page.get_by_alt_text("After image").first.wait_for(timeout=WAIT)  # the slider
     page.close()
+
+
+def test_the_first_template_in_chinese(fresh, browser):
+    """Titles and settings are Chinese, the note explains itself in Chinese, and it runs.
+
+    After the test that waits for previews, since its results are at hand here.
+    """
+    fresh.post("/settings", {**frontend.SETTINGS, "Comfy.VueNodes.Enabled": False, "Comfy.Locale": "zh"})
+    page = frontend.open_page(browser, f"http://127.0.0.1:{fresh.port}/")
+    open_template(page, WORKFLOWS[0].stem)
+    assert page.evaluate(MISSING) == NOTHING
+    names = json.loads((host_module.ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    shown = dict(page.evaluate("app.graph._nodes.map(n => [n.type, n.title])"))
+    for name in ("TSDSRUpscale", "TSDSRLoadCheckpoint"):
+        assert shown[name] == names[name]["display_name"]
+    inputs = {key: entry["name"] for key, entry in names["TSDSRUpscale"]["inputs"].items()}
+    labels = page.evaluate("app.graph._nodes.find(n => n.type === 'TSDSRUpscale').widgets.map(w => w.label ?? w.name)")
+    assert {inputs[key] for key in ("size", "strength", "color_fix")} <= set(labels)
+    page.get_by_text("修复照片并放大 4 倍").first.wait_for(timeout=WAIT)
+    result = run_in_page(page, fresh)
+    assert result.status == "success"
+    assert page.errors == []
+    page.close()
+    fresh.post("/settings", {"Comfy.Locale": "en"})

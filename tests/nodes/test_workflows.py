@@ -67,9 +67,33 @@ def test_a_template_of_images_compares_before_and_after(path):
     assert twin[slider["image_a"][0]]["class_type"] in ("LoadImage", "LoadImageDataSetFromFolder", "VAEDecode")
 
 
+TITLE, SMALLEST, FONT, FILLED = 30, 8, 14, 0.75
+"""Height of a node's title; font size in pixels under which the frontend draws no texts at all, and the one of its texts; share
+of the window that it fills when it opens a template."""
+
+
+def boxes_of(path: Path) -> list[tuple[float, float, float, float]]:
+    """Left, top, width and height of each node, without its title; of a collapsed one nothing but its title is left."""
+    return [
+        (*node["pos"], *(node["size"] if not node["flags"].get("collapsed") else (node["size"][0], 0)))
+        for node in read(path)["nodes"]
+    ]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_template_is_readable_as_it_opens(path):
+    """All of it is shown, without texts where they would be small: not so on a laptop (the first) or a desktop (the others)."""
+    assert "ds" not in read(path)["extra"], "a view of its own would show a part of it in older frontends"
+    boxes = boxes_of(path)
+    width = max(x + w for x, _, w, _ in boxes) - min(x for x, *_ in boxes)
+    height = max(y + h for _, y, _, h in boxes) - min(y for _, y, *_ in boxes) + TITLE
+    window = (1440, 780) if path == WORKFLOWS[0] else (1680, 950)
+    assert FONT * FILLED * min(window[0] / width, window[1] / height) >= SMALLEST
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_no_two_nodes_overlap(path):
-    boxes = [(*node["pos"], *node["size"]) for node in read(path)["nodes"]]
+    boxes = [(x, y - TITLE, width, height + TITLE) for x, y, width, height in boxes_of(path)]
     for index, (x, y, width, height) in enumerate(boxes):
         for left, top, other_width, other_height in boxes[index + 1 :]:
             apart = x + width <= left or left + other_width <= x or y + height <= top or top + other_height <= y

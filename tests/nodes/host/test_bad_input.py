@@ -235,25 +235,44 @@ def odd_overlap(host, sd3, graph):
     return "tile_overlap 5: expected an even number"
 
 
-def without(choice, message, **others):
-    """The request of a script that leaves a dynamic choice out, or misspells it."""
+FIXES = "expected one of wavelet, adain, lab, none"
+SIZES = "expected one of scale by, longer side, shorter side, width, height"
+
+
+def without(choice, expected):
+    """The request of a script that leaves a dynamic choice out."""
 
     def make(host, sd3, graph):
-        builtin_graph(graph=graph, **others)
+        builtin_graph(graph=graph)
         upscale = next(node["inputs"] for node in graph.nodes.values() if node["class_type"] == "TSDSRUpscale")
-        if choice not in others:
-            del upscale[choice]
-        return message
+        del upscale[choice]
+        return f"{choice} is missing or misspelt: {expected}"
 
-    make.__name__ = f"{'misspelt' if others else 'without'}_{choice}"
+    make.__name__ = f"without_{choice}"
     return make
+
+
+def misspelt(choice, value, expected):
+    """The request of a script that misspells a dynamic choice."""
+
+    def make(host, sd3, graph):
+        builtin_graph(graph=graph, **{choice: value})
+        return about_misspelt(host, choice, value, expected)
+
+    make.__name__ = f"misspelt_{choice}"
+    return make
+
+
+def about_misspelt(host, choice, value, expected):
+    """What is said of it: older hosts do not pass on what they do not know."""
+    return f"{choice} {value!r}: {expected}" if host.passes_all_inputs else f"{choice} is missing or misspelt: {expected}"
 
 
 def misspelt_colour_fix_of_the_node_on_its_own(host, sd3, graph):
     image = graph.add("LoadImage", image="photo.png")
     fixed = graph.add("TSDSRColorFix", image=(image, 0), reference=(image, 0), color_fix="Wavelet")
     graph.add("PreviewImage", images=(fixed, 0))
-    return "color_fix 'Wavelet': expected one of wavelet, adain, lab, none"
+    return about_misspelt(host, "color_fix", "Wavelet", FIXES)
 
 
 def linked(name, kind, value, message):
@@ -291,11 +310,8 @@ CASES = [
     lora_bundle, checkpoint_with_more_blocks_than_heads,
     other_channels, several_steps, a_path_upwards, overlap_above_tile, tile_too_small,
     vae_tile_too_small, far_too_large, overlap_near_the_automatic_tile, odd_tile, odd_overlap,
-    without("size", "size is missing: expected one of scale by, longer side, shorter side, width, height"),
-    without("color_fix", "color_fix is missing: expected one of wavelet, adain, lab, none"),
-    without("size", "size 'scale_by': expected one of scale by", size="scale_by"),
-    without("size", "size None: expected one of scale by", size=None),
-    without("color_fix", "color_fix 'Adain': expected one of wavelet", color_fix="Adain"),
+    without("size", SIZES), without("color_fix", FIXES),
+    misspelt("size", "scale_by", SIZES), misspelt("size", None, SIZES), misspelt("color_fix", "Adain", FIXES),
     misspelt_colour_fix_of_the_node_on_its_own,
     linked("strength", "FLOAT", "nan", "strength nan: expected a number from 0 to 2"),
     linked("size.factor", "FLOAT", "nan", "size.factor nan: expected a number from 1 to 16"),

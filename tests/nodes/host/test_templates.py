@@ -57,7 +57,7 @@ def test_the_colour_fix_takes_the_levels_that_suit_the_model(connected, host):
         graph.add("TSDSRColorFix", **sources, **{"color_fix.wavelet_levels": chosen}, **(model if chosen == 0 else {}))
         for chosen in (0, levels, 2)
     ]
-    saved = [graph.add("SaveImage", images=(each, 0), filename_prefix="levels") for each in fixed]
+    saved = [graph.add("SaveImage", images=(each, 0), filename_prefix=f"levels-{connected}") for each in fixed]
     result = host.run(graph)
     assert result.status == "success", result.error
     automatic, explicit, other = (result.pictures(save)[0] for save in saved)

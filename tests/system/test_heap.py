@@ -9,7 +9,7 @@ from tsdsr_core.system.heap import GROWTH, Heap
 
 
 def test_memory_is_returned_once_per_growth():
-    """The process grows by a quarter of the limit each time, so every fifth check exceeds it; returning memory takes it to 0."""
+    """The process grows by a quarter of the limit each time, so every fifth check exceeds it; returning takes it to 0."""
     held, returned = [0], []
 
     def trim():

@@ -13,13 +13,13 @@ def hidden(*names: str) -> Iterator[None]:
 
     What is imported inside works without them later too, so this is for programs that know all that they will need.
 
-    >>> with hidden("colorsys"):
+    >>> with hidden("wave"):
     ...     try:
-    ...         import colorsys
+    ...         import wave
     ...     except ModuleNotFoundError:
     ...         print("not found")
     not found
-    >>> import colorsys
+    >>> import wave
     """
     new = [name for name in names if name not in sys.modules]
     sys.modules.update(dict.fromkeys(new))  # type: ignore[arg-type]  # None means that there is no such module

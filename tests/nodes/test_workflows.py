@@ -125,7 +125,7 @@ def test_every_node_has_a_help_page():
     used = {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
     names = {line.split('"')[1] for path in (ROOT / "nodes").glob("*.py") for line in path.read_text().splitlines()
              if line.strip().startswith('"TSDSR')}  # fmt: skip
-    assert len(names) == 10
+    assert len(names) == 11
     assert used == names
     for name in names:
         text = (ROOT / "web" / "docs" / f"{name}.md").read_text()
@@ -143,7 +143,7 @@ def test_the_upscalers_help_in_another_language_covers_the_same_settings(languag
         [re.findall(pattern, page, re.M) for page in pages]
         for pattern in (r"^- .*?\*\*`(\w+)`\*\*", r"\]\((images/[^)]*)\)", r"^#+ ")
     )
-    assert len(settings[0]) == 10
+    assert len(settings[0]) == 11
     assert settings[0] == settings[1]
     assert pictures[0] == pictures[1]
     assert sections[0] == sections[1]

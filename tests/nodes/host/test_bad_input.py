@@ -137,7 +137,8 @@ def a_result_too_large(host, sd3, graph):
 
 def a_latent_beyond_the_memory(host, sd3, graph):
     loader = graph.add("TSDSRLoadCheckpoint", checkpoint=BUILTIN, vae_precision="auto")
-    latent = graph.add("EmptySD3LatentImage", width=16384, height=16384, batch_size=1)
+    small = graph.add("EmptySD3LatentImage", width=16384, height=16384, batch_size=1)
+    latent = graph.add("LatentUpscaleBy", samples=(small, 0), upscale_method="nearest-exact", scale_by=2.0)
     decoded = graph.add("TSDSRDecode", latent=(latent, 0), vae=(loader, 1))
     graph.add("PreviewImage", images=(decoded, 0))
     return "GB are free: choose a smaller size"

@@ -31,6 +31,7 @@ BAD = {
     "FLOAT": NUMBERS,
     "COMBO": {"misspelt": "nothing like it", "number": 3, "None": None, "list": []},
     "STRING": {"number": 3, "None": None},
+    "BOOLEAN": {"number": 1, "text": "true", "None": None, "list": []},
     "IMAGE": IMAGES,
     **dict.fromkeys(("MODEL", "VAE", "CONDITIONING", "LATENT"), OBJECTS),
 }

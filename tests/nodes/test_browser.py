@@ -45,7 +45,7 @@ def test_the_classic_view_folds_away_what_few_people_need(page):
     page.evaluate(choose, "wavelet")
     assert page.evaluate(VISIBLE) == shown, "the number of levels is a new widget"
     page.evaluate(f"{node}.toggleAdvanced()")
-    folded = ["color_fix.wavelet_levels", "tile", "tile_overlap", "tile_batch", "vae_tile"]
+    folded = ["color_fix.wavelet_levels", "tile", "tile_overlap", "tile_batch", "vae_tile", "draft"]
     assert page.evaluate(VISIBLE) == [*shown, *folded]
 
 

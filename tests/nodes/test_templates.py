@@ -102,7 +102,7 @@ def open_template(page, name: str) -> None:
     """Through the browser of templates, as a user does."""
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.get_by_role("dialog")
-    dialog.get_by_text(host_module.PACK).first.click(timeout=WAIT)
+    dialog.get_by_text(host_module.PACK).first.evaluate("entry => entry.click()")  # the dialog is drawn again while it loads
     card = dialog.get_by_text(name, exact=True).first
     card.wait_for(timeout=WAIT)
     card.evaluate("card => card.click()")  # a pointer would wait until every thumbnail has stopped moving

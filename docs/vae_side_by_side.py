@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from tsdsr_core.cli.benchmark import machine, peak_memory, synchronise
+from tsdsr_core.cli.bench.benchmark import machine, peak_memory, synchronise
 from tsdsr_core.sd3.config import VAE_CONFIG
 from tsdsr_core.system.device import DTYPES, choose_device, choose_dtype, free_memory, free_ram, release_memory
 from tsdsr_core.vae.execute import plan_and_run

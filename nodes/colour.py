@@ -63,8 +63,8 @@ class ColorFix(io.ComfyNode):
             reference = bicubic(style, (height, width))
             return inputs.to_host(match_colour(each, reference, color_fix["color_fix"], levels).clamp(0, 1), None)
 
-        pictures = running.pictures(model)
+        device = running.image_device(model)
         for index, each in enumerate(content.split(1)):  # one by one, so that memory grows by the result alone
             own = style[index : index + 1] if len(style) > 1 else style
-            result[index : index + 1, ..., :3] = pictures.run(height, width, fix, each, own)
+            result[index : index + 1, ..., :3] = device.run(height, width, fix, each, own)
         return io.NodeOutput(result)

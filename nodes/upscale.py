@@ -15,7 +15,7 @@ from . import inputs
 from .checks import checked
 from .host import models, running, sampling
 from .host import vae as host_vae
-from .host.previews import Draft
+from .host.draft import Draft
 from .host.schema import field, schema
 from .report import Report
 from .types import Conditioning, Model, Vae
@@ -95,7 +95,7 @@ class Upscale(io.ComfyNode):
         factor = host_vae.factor_of(vae)
         target = _target((rgb.shape[2], rgb.shape[3]), size)
         plan = plan_target(target, factor * model.model.diffusion_model.patch_size, options.process_size)
-        host_vae.check_memory(vae, *plan.padded, vae_tile or None)
+        host_vae.check_memory(vae, *plan.padded, vae_tile or None, decodes=not draft)
         progress = running.Progress(len(rgb) * _units(plan, factor, model, options))
         report = Report()
         stages = Stages(
@@ -110,7 +110,7 @@ class Upscale(io.ComfyNode):
                     decoder.decode(latents, progress) if decoder else host_vae.decode(vae, latents, progress, vae_tile or None)
                 ),
             ),
-            pictures=running.pictures(vae.patcher),
+            image_device=running.image_device(vae.patcher),
         )
         result = rgb.new_empty(len(rgb), *target, 3 if alpha is None else 4)
 
@@ -119,7 +119,7 @@ class Upscale(io.ComfyNode):
 
         for index, restored in enumerate(run_stages(rgb, plan, stages, options, report.progress)):
             own = () if alpha is None else (alpha[index : index + 1],)
-            result[index : index + 1] = stages.pictures.run(*target, finished, restored, *own)
+            result[index : index + 1] = stages.image_device.run(*target, finished, restored, *own)
             if len(rgb) > 1:
                 running.show_text(cls, f"{index + 1}/{len(rgb)} images")
         given = {"tile": tile, "tile_batch": tile_batch, **color_fix}

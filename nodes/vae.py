@@ -12,7 +12,7 @@ from . import inputs
 from .checks import checked
 from .host import models, placement, running
 from .host import vae as host_vae
-from .host.previews import Draft
+from .host.draft import Draft
 from .host.schema import field, schema
 from .types import Latent, Vae
 
@@ -49,12 +49,12 @@ class Encode(io.ComfyNode):
         rgb, _ = inputs.to_core(image)
         factor = host_vae.factor_of(vae)
         size = plan_target((rgb.shape[2], rgb.shape[3]), factor * _PATCH, process_size=0)
-        progress, pictures = running.Progress(len(rgb) * host_vae.UNITS), running.pictures(vae.patcher)
+        progress, device = running.Progress(len(rgb) * host_vae.UNITS), running.image_device(vae.patcher)
 
         def encode(image: Tensor) -> Tensor:
             return host_vae.encode(vae, to_pixels(image, size), progress, vae_tile or None)
 
-        latents = torch.cat([pictures.run(*size.padded, encode, each).to(rgb.device) for each in rgb.split(1)])
+        latents = torch.cat([device.run(*size.padded, encode, each).to(rgb.device) for each in rgb.split(1)])
         latent = {"samples": latents, models.FACTOR: factor}
         if size.padded != size.work:
             latent[placement.KEY] = placement.Placement(latents, size.work, factor)
@@ -92,7 +92,7 @@ class Decode(io.ComfyNode):
             raise ValueError(
                 f"the latent was encoded with {own} pixels per cell, but the VAE has {factor}: connect the VAE of TSD-SR Encode"
             )
-        progress, pictures = running.Progress(samples.shape[0] * host_vae.UNITS), running.pictures(vae.patcher)
+        progress, device = running.Progress(samples.shape[0] * host_vae.UNITS), running.image_device(vae.patcher)
         host_vae.check_latents(vae, samples)
         top, left, height, width = placement.image_area(latent, factor)
         size = plan_target((height, width), 1, process_size=0)
@@ -103,5 +103,5 @@ class Decode(io.ComfyNode):
             return inputs.to_host(from_pixels(pixels[:, :, top : top + height, left : left + width], size), None)
 
         for index, each in enumerate(samples.split(1)):  # one by one, so that memory grows by the result alone
-            result[index : index + 1] = pictures.run(each.shape[2] * factor, each.shape[3] * factor, decode, each)
+            result[index : index + 1] = device.run(each.shape[2] * factor, each.shape[3] * factor, decode, each)
         return io.NodeOutput(result)

@@ -45,7 +45,7 @@ def enlarge(image: Tensor, size: Size) -> Tensor:
     return F.interpolate(image, size, mode="bicubic", align_corners=False).clamp(0, 1)
 
 
-def finish(restored: Tensor, image: Tensor, target: Size, colour_fix: str, wavelet_levels: int) -> Tensor:
+def match_input(restored: Tensor, image: Tensor, target: Size, colour_fix: str, wavelet_levels: int) -> Tensor:
     """Resize to ``target`` and apply the colour fix, rounding to 8 bits; tensors ``(B, 3, H, W)`` in 0..1."""
     restored = _resized(restored, target)
     style = image if colour_fix == "adain" else _resized(image, target)

@@ -17,9 +17,9 @@ from .checks import check_choice, check_number
 from .errors import InputError
 from .flow import one_step
 from .image_size import PROCESS_SIZE, PROCESS_SIZE_RANGE, SCALE_RANGE, Size, SizePlan, plan_size
-from .system.memory import PictureDevice
+from .system.memory import ImageDevice
 from .system.precision import check_finite
-from .tiles.blend import Velocity, fitting_velocity
+from .tiles.blend import Velocity, velocity_in_memory
 from .tiles.memory import TileMemory
 from .tiles.plan import MIN_TILE, OVERLAP, TILE, Tiling, choose_tiling
 
@@ -55,8 +55,8 @@ class Model:
     """Chooses side and batch of the tiles where the options do not."""
     check_memory: Callable[[int, int], None] = lambda height, width: None
     """Raises ``MemoryError`` where ``encode`` or ``decode`` would for pixels of a height and width."""
-    pictures: PictureDevice = field(default_factory=PictureDevice)
-    """Where pictures are enlarged, resized and given their colours."""
+    image_device: ImageDevice = field(default_factory=ImageDevice)
+    """Where images are enlarged, resized and colour-corrected."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Recipe:
     sizes: Callable[[Size, float, int, int], SizePlan]
     enlarge: Callable[[Tensor, Size], Tensor]
     """Image in 0..1 and a (height, width) -> what is encoded, in 0..1."""
-    finish: Callable[[Tensor, Tensor, Size, Options], Tensor]
+    match_input: Callable[[Tensor, Tensor, Size, Options], Tensor]
 
 
 def _quiet(stage: str, done: int, total: int) -> None:
@@ -125,8 +125,8 @@ class Stages:
     """Latents of several images ``(B, C, h, w)`` -> the same after the one step, in tiles where they are large."""
     decode: Callable[[Tensor], Tensor]
     """Latents of one image -> its pixels in about -1..1."""
-    pictures: PictureDevice = field(default_factory=PictureDevice)
-    """Where the rest is done; ``encode`` and ``decode`` are given what lies there, and may leave their results there."""
+    image_device: ImageDevice = field(default_factory=ImageDevice)
+    """Where the rest is done; ``encode`` and ``decode`` get tensors on that device, and may leave their results there."""
 
 
 def restore(image: Tensor, model: Model, options: Options, progress: Progress = _quiet) -> Tensor:
@@ -157,18 +157,18 @@ def run_stages(
     images: Tensor, size: SizePlan, stages: Stages, options: Options, progress: Progress = _quiet
 ) -> Iterator[Tensor]:
     """The pipeline: yields the restored images ``(1, 3, *size.target)`` in 0..1, one by one, on the device of
-    ``stages.pictures`` where they fit there.
+    ``stages.image_device`` if they fit there.
 
     Memory does not grow with the batch: images go through the stages in groups of ``GROUP_PIXELS``, through the autoencoder
     singly; the step takes the tiles of a group together.
     """
     recipe = RECIPES[options.recipe]
 
-    def finish(restored: Tensor, image: Tensor) -> Tensor:
-        return recipe.finish(restored, image, size.target, options)
+    def match_input(restored: Tensor, image: Tensor) -> Tensor:
+        return recipe.match_input(restored, image, size.target, options)
 
     for index, restored in enumerate(restored_images(images, size, stages, recipe.enlarge, progress)):
-        yield stages.pictures.run(*size.padded, finish, restored, images[index : index + 1])
+        yield stages.image_device.run(*size.padded, match_input, restored, images[index : index + 1])
         progress("colour", index + 1, len(images))  # after it was taken: until then an accelerator may not have done it
 
 
@@ -187,14 +187,14 @@ def restored_images(
     for start in range(0, count, together):
         encoded = []
         for image in images[start : start + together].split(1):
-            latents = stages.pictures.run(*size.padded, encode, image)
+            latents = stages.image_device.run(*size.padded, encode, image)
             encoded.append(latents.to(encoded[0].device) if encoded else latents)  # memory may have run out in between
             progress("encode", start + len(encoded), count)
         latents = check_finite(torch.cat(encoded), "the result of the VAE encoder", _ADVICE)
         del encoded
         latents = check_finite(stages.step(latents), "the result of the step", _ADVICE)
         for index, latent in enumerate(latents.split(1), start):
-            restored = stages.pictures.run(*size.padded, decode, latent)
+            restored = stages.image_device.run(*size.padded, decode, latent)
             progress("decode", index + 1, count)
             yield restored
 
@@ -205,12 +205,12 @@ def stages_of(model: Model, options: Options, progress: Progress = _quiet) -> St
 
     def step(latents: Tensor) -> Tensor:
         z = model.scaling_factor * latents
-        velocity = fitting_velocity(
+        velocity = velocity_in_memory(
             model.velocity, z, tiling, model.memory, lambda done, total, _: progress("step", done, total)
         )  # fmt: skip
         return one_step(z, velocity, options.strength) / model.scaling_factor
 
-    return Stages(model.encode, step, model.decode, model.pictures)
+    return Stages(model.encode, step, model.decode, model.image_device)
 
 
 def tiling_of(model: Model, options: Options) -> Tiling:
@@ -257,18 +257,18 @@ def check_image(image: Tensor) -> None:
         raise InputError("the image has NaN or infinite pixels: expected values in 0..1")
 
 
-def finish(restored: Tensor, image: Tensor, target: Size, options: Options) -> Tensor:
+def match_input(restored: Tensor, image: Tensor, target: Size, options: Options) -> Tensor:
     """Resize to the target and give it the colours of ``image``; tensors ``(B, 3, H, W)`` in 0..1 in and out."""
     restored = bicubic(restored, target)
     reference = bicubic(image, target)
     return colour.match_colour(restored, reference, options.colour_fix, options.wavelet_levels).clamp_(0, 1)
 
 
-def _finish_official(restored: Tensor, image: Tensor, target: Size, options: Options) -> Tensor:
-    return official.finish(restored, image, target, options.colour_fix, options.wavelet_levels)
+def _match_official(restored: Tensor, image: Tensor, target: Size, options: Options) -> Tensor:
+    return official.match_input(restored, image, target, options.colour_fix, options.wavelet_levels)
 
 
 RECIPES = {
-    "default": Recipe(plan_size, bicubic, finish),
-    "official": Recipe(official.plan_size, official.enlarge, _finish_official),
+    "default": Recipe(plan_size, bicubic, match_input),
+    "official": Recipe(official.plan_size, official.enlarge, _match_official),
 }

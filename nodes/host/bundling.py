@@ -13,7 +13,7 @@ from torch import Tensor
 from ...tsdsr_core.weights.bundle import Bundle, vae_weights
 from ...tsdsr_core.weights.vae_keys import weights_to_diffusers
 from ..types import Conditioning, Model, Patcher, Vae
-from . import folded, running
+from . import layers, running
 from .models import NORM_GROUPS, PREVIEW, defaults_of, from_conditioning, plain_key, vae_shape
 from .vae import uncompiled
 
@@ -48,7 +48,7 @@ def to_bundle(model: Model, vae: Vae, conditioning: Conditioning, dtype: torch.d
     Raises:
         ValueError: for several prompts, of which a bundle holds one, and for a quantised model.
     """
-    if model.get_attachment(folded.POOLED) is not None:
+    if model.get_attachment(layers.POOLED) is not None:
         raise ValueError(
             "this checkpoint is folded, which cannot be saved again: copy its file, or load the checkpoint it was folded from"
         )

@@ -19,7 +19,7 @@ from ...tsdsr_core.weights.bundle import Bundle, read_bundle
 from ...tsdsr_core.weights.prompt import PromptEmbeds
 from ...tsdsr_core.weights.vae_keys import weights_to_original
 from ..types import Conditioning, LatentFormat, Model, Patcher, Vae
-from . import eight_bit, folded
+from . import layers
 
 DEFAULTS: Final = "tsdsr_defaults"
 PREVIEW: Final = "tsdsr_preview"
@@ -47,14 +47,14 @@ def build_model(bundle: Bundle, **options: Any) -> Model:
             f"the transformer has {blocks} blocks and {heads} heads: ComfyUI supports SD3 only with as many blocks as heads; "
             "run this bundle with tsdsr upscale"
         )
-    weights = folded.widened(bundle.transformer) if bundle.folded else dict(bundle.transformer)
+    weights = layers.padded_to_host(bundle.transformer) if bundle.folded else dict(bundle.transformer)
     if bundle.eight_bit:
-        weights = eight_bit.hosted(weights)
+        weights = layers.quantised_for_host(weights)
     model = comfy.sd.load_diffusion_model_state_dict(weights, **options)
     if model is None or not isinstance(model.model, comfy.model_base.SD3) or weights:
         raise ValueError(f"ComfyUI cannot load this bundle's transformer as SD3; unused weights: {sorted(weights)[:8]}")
     if bundle.folded:
-        folded.narrow(model, bundle.prompt.pooled.float())
+        layers.remove_padding(model, bundle.prompt.pooled.float())
     _check_scaling(bundle, model.model.latent_format)
     model.set_attachments(DEFAULTS, dict(bundle.defaults))
     model.set_attachments(FACTOR, 2 ** (len(bundle.configs["vae"]["block_out_channels"]) - 1))

@@ -8,7 +8,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ...tsdsr_core.system.memory import PictureDevice, is_out_of_memory
+from ...tsdsr_core.system.memory import ImageDevice, is_out_of_memory
 from ..types import Patcher
 
 
@@ -44,20 +44,20 @@ def show_text(node: Any, text: str) -> None:
 
 
 def results_device() -> torch.device:
-    """Where pictures lie between nodes."""
+    """Where images are kept between nodes."""
     return comfy.model_management.intermediate_device()
 
 
-def pictures(patcher: Patcher | None = None) -> PictureDevice:
-    """Where pictures are worked on: beside the model of ``patcher``, or where the host computes without one.
+def image_device(patcher: Patcher | None = None) -> ImageDevice:
+    """Where images are resized and colour-corrected: beside the model of ``patcher``, or without one where the host computes.
 
-    On the CPU where free memory cannot be told.
+    On the CPU if free memory is unknown.
     """
     device = comfy.model_management.get_torch_device() if patcher is None else patcher.load_device
     if device.type == "cpu" or comfy.model_management.directml_enabled:
-        return PictureDevice(torch.device("cpu"))
+        return ImageDevice(torch.device("cpu"))
     free = comfy.model_management.get_free_memory
-    return PictureDevice(
+    return ImageDevice(
         device, lambda: int(free(device)) if patcher is None else free_memory(patcher), release_memory, ran_out
     )  # fmt: skip
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ...tsdsr_core.flow import TIMESTEP, one_step
 from ...tsdsr_core.restore import Options, pad_to
-from ...tsdsr_core.tiles.blend import fitting_velocity
+from ...tsdsr_core.tiles.blend import velocity_in_memory
 from ...tsdsr_core.tiles.memory import CPU_BATCH, TileMemory
 from ...tsdsr_core.tiles.plan import TilePlan, Tiling
 from ..types import Conditioning, Model, Patcher
-from . import folded, placement, previews, running
+from . import layers, placement, previews, running
 from .models import check_sd3
 
 
@@ -87,7 +87,7 @@ class OneStepSampler(comfy.samplers.Sampler):
             running.check_interrupted()
 
         memory = _memory(patcher, z.shape[1])
-        v = _crop(fitting_velocity(velocity, padded, tiling_of(base, self.options, memory), memory, tick), z)
+        v = _crop(velocity_in_memory(velocity, padded, tiling_of(base, self.options, memory), memory, tick), z)
         placement.follow(z, v)
         if denoise_mask is not None:
             v = v * denoise_mask
@@ -163,7 +163,7 @@ def check_conditioning(conditioning: Conditioning, model: Model) -> None:
 
 def check_prompts(prompts: list[dict[str, Any]], model: Model) -> None:
     """Raise ``ValueError`` unless each of ``prompts``, as the host's sampling has them, suits ``model``."""
-    own = model.get_attachment(folded.POOLED)
+    own = model.get_attachment(layers.POOLED)
     for prompt in prompts:
         tokens, pooled = prompt.get("cross_attn"), prompt.get("pooled_output")
         if tokens is None or pooled is None:
@@ -255,7 +255,7 @@ def _callback(model: Model, progress: running.Progress | None) -> Any:
 
 def _pooled_width(model: Model) -> int:
     """Width of the pooled prompt that ``model`` takes."""
-    own = model.get_attachment(folded.POOLED)
+    own = model.get_attachment(layers.POOLED)
     return model.model.diffusion_model.y_embedder.mlp[0].in_features if own is None else own.shape[-1]
 
 

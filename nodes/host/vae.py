@@ -82,17 +82,18 @@ def _run_half(vae: Vae, half: str, x: Tensor, progress: running.Progress, tile: 
     return run_half(half, vae.vae_dtype, overflowed, run)
 
 
-def check_memory(vae: Vae, height: int, width: int, tile: int | None = None) -> None:
+def check_memory(vae: Vae, height: int, width: int, tile: int | None = None, decodes: bool = True) -> None:
     """Raise ``MemoryError``, before any work, where pixels of a size cannot be encoded or decoded in the host memory there is.
 
     Args:
         tile: as for ``encode`` and ``decode``.
+        decodes: whether the decoder will be used too.
     """
     device, overflowed = vae.patcher.load_device, _overflowed.get(vae.first_stage_model, set())
     encoder, decoder = (half_dtype(half, vae.vae_dtype, overflowed).itemsize for half in _PROGRAMS)
     execute.check_memory(
         vae.first_stage_model, height, width, factor_of(vae), (encoder, decoder), device, _obtainable(vae), tile,
-        running.free_ram, _kernels(device), patched=bool(vae.patcher.patches),
+        running.free_ram, _kernels(device), patched=bool(vae.patcher.patches), decodes=decodes,
     )  # fmt: skip
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from tsdsr_core.cli import arguments, benchmark, main
-from tsdsr_core.cli import bench as command
-from tsdsr_core.cli.benchmark import (
+from tsdsr_core.cli import arguments, main
+from tsdsr_core.cli.bench import benchmark, command
+from tsdsr_core.cli.bench.benchmark import (
     SIZES,
     Contender,
     count_flops,
@@ -159,7 +159,7 @@ def test_wrong_sides_and_a_limit_without_a_gpu_are_named(capsys):
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
-    for name in ("tsdsr_core.cli.benchmark", "tsdsr_core.cli.bench"):
+    for name in ("tsdsr_core.cli.bench.benchmark", "tsdsr_core.cli.bench.command"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert main(["bench"]) == 2
     assert "peft is not installed: pip install -e '.[bench]'" in capsys.readouterr().err

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tsdsr_core.cli import main
-from tsdsr_core.cli.benchmark import SIZES, load_ours, write_random_weights
-from tsdsr_core.cli.gpu import command, parts
-from tsdsr_core.cli.gpu.report import markdown
+from tsdsr_core.cli.bench import gpu as command
+from tsdsr_core.cli.bench import gpu_parts as parts
+from tsdsr_core.cli.bench.benchmark import SIZES, load_ours, write_random_weights
+from tsdsr_core.cli.bench.gpu_report import markdown
 from tsdsr_core.vae import attention
 
 CPU = torch.device("cpu")

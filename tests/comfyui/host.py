@@ -79,13 +79,10 @@ class Host:
             self.process = subprocess.Popen(
                 list(map(str, command)), cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        began = time.monotonic()
-        deadline = began + 240
+        deadline = time.monotonic() + 240
         while True:
             try:
                 self.get("/system_stats")
-                self.started_in = time.monotonic() - began
-                """Seconds."""
                 return
             except OSError:
                 assert self.process.poll() is None, self.log.read_text()[-3000:]

@@ -68,7 +68,7 @@ def test_lossless_formats_keep_every_value(suffix, channels, deep, tmp_path):
     assert alpha is None or (back.alpha - alpha).abs().max() < 1e-6
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     height=st.integers(1, 40), width=st.integers(1, 40), channels=st.integers(1, 4), deep=st.booleans(), seed=st.integers(0, 99)
 )

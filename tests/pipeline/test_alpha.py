@@ -19,7 +19,7 @@ def seen(rgb, alpha, background):
 
 
 @given(sides, sides, st.integers(1, 3), st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_hidden_colours_become_those_of_visible_pixels(height, width, batch, seed):
     generator = torch.Generator().manual_seed(seed)
     rgb = torch.rand(batch, 3, height, width, generator=generator)
@@ -89,7 +89,7 @@ def test_an_enlarged_edge_has_no_fringe_over_any_background(soft, background):
 
 
 @given(sides, sides, st.floats(0.5, 6), st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_enlarged_alpha_does_not_overshoot(height, width, scale, seed):
     alpha = torch.rand(1, 1, height, width, generator=torch.Generator().manual_seed(seed)) * 0.6 + 0.2
     size = max(1, int(height * scale)), max(1, int(width * scale))

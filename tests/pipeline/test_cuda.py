@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from tsdsr_core.restore import Options, bicubic, finish
+from tsdsr_core.restore import Options, bicubic, match_input
 from tsdsr_core.sd3.config import VAE_CONFIG
 from tsdsr_core.system.device import free_memory, free_ram, release_memory
 from tsdsr_core.vae.execute import plan_and_run, run
@@ -135,8 +135,8 @@ def test_pictures_come_out_as_on_the_cpu(layout):
     torch.backends.cudnn.allow_tf32 = True
     restored, image = photo(256, 384, 1), photo(64, 96, 2).contiguous(memory_format=layout)
     size, options = (512, 768), Options()
-    result = finish(restored.to(DEVICE), image.to(DEVICE), size, options).cpu()
-    assert (result - finish(restored, image, size, options)).abs().max() <= 2 * FINISHING
+    result = match_input(restored.to(DEVICE), image.to(DEVICE), size, options).cpu()
+    assert (result - match_input(restored, image, size, options)).abs().max() <= 2 * FINISHING
     assert (bicubic(image.to(DEVICE), size).cpu() - bicubic(image, size)).abs().max() <= 2 * FINISHING
 
 

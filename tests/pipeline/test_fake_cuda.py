@@ -16,7 +16,7 @@ from tsdsr_core import colour
 from tsdsr_core.restore import Options, bicubic, restore
 from tsdsr_core.sd3.fold import fold
 from tsdsr_core.sd3.models import DiffusersModel, merged_bundle, model_from_bundle
-from tsdsr_core.system.memory import PictureDevice
+from tsdsr_core.system.memory import ImageDevice
 from tsdsr_core.vae import execute, norms, transfer
 from tsdsr_core.vae.execute import kernels_of, run
 from tsdsr_core.vae.passes import NVIDIA, Kernels
@@ -104,21 +104,21 @@ def test_pictures_are_worked_on_by_the_cpu_where_they_do_not_fit(mode):
 
 
 @pytest.mark.parametrize("place", ["device", "host"])
-@pytest.mark.parametrize("failing", ["encode", "decode", "finish"])
+@pytest.mark.parametrize("failing", ["encode", "decode", "match_input"])
 def test_pictures_come_off_the_device_where_its_memory_runs_out(mode, place, failing, monkeypatch, caplog):
     """In any stage of the second of three, together with what the first one left there."""
-    where, calls, run = mode.device if place == "device" else CPU, [], PictureDevice.run
+    where, calls, run = mode.device if place == "device" else CPU, [], ImageDevice.run
 
-    def counted(pictures, height, width, work, *tensors):
+    def counted(device, height, width, work, *tensors):
         def watched(*given):
             calls.append((work.__name__, given[0].device.type))
             if calls[-1] == (failing, mode.device.type) and calls.count(calls[-1]) == 2:
                 raise torch.OutOfMemoryError("out of memory")
             return work(*given)
 
-        return run(pictures, height, width, watched, *tensors)
+        return run(device, height, width, watched, *tensors)
 
-    monkeypatch.setattr(PictureDevice, "run", counted)
+    monkeypatch.setattr(ImageDevice, "run", counted)
     result = restore(picture(where, 3), model_on(mode).restorer(), QUICK)
     assert (tuple(result.shape), result.device) == ((3, 3, 40, 56), where)
     assert len(caplog.records) == 1

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsdsr_core import restore as pipeline
-from tsdsr_core.restore import Model, Options, bicubic, check_image, finish, pad_to, restore
-from tsdsr_core.system.memory import PictureDevice
+from tsdsr_core.restore import Model, Options, bicubic, check_image, match_input, pad_to, restore
+from tsdsr_core.system.memory import ImageDevice
 from tsdsr_core.tiles.memory import TileMemory
 
 from ..support.tiny import photo
@@ -35,7 +35,7 @@ def lossless(velocity=torch.zeros_like, **changes) -> Model:
     st.integers(1, 3),
     st.sampled_from(["wavelet", "adain", "lab", "none"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_without_a_velocity_any_image_is_only_enlarged(height, width, scale, batch, fix):
     scale = min(scale, 300 / max(height, width)) if max(height, width) * scale > 300 else scale
     scale = max(1.0, scale)
@@ -120,8 +120,8 @@ the 106 of the image that the low frequencies are added to, and the additions th
 def test_finishing_rounds_no_more_than_fp32_does(layout):
     """Which is the bound for any device: two of them differ by at most twice as much."""
     restored, image = photo(64, 96, 1), photo(32, 48, 2).contiguous(memory_format=layout)
-    exact = finish(restored.double(), image.double(), (128, 192), Options())
-    assert (finish(restored, image, (128, 192), Options()) - exact).abs().max() <= ROUNDING
+    exact = match_input(restored.double(), image.double(), (128, 192), Options())
+    assert (match_input(restored, image, (128, 192), Options()) - exact).abs().max() <= ROUNDING
 
 
 @pytest.mark.parametrize("stage", ["enlarge", "finish"])
@@ -144,7 +144,7 @@ def test_a_device_that_runs_out_in_a_stage_changes_nothing(stage, monkeypatch, c
     expected = restore(image, lossless(), Options(scale=2, process_size=0))
     monkeypatch.setattr(pipeline, "pad_to", scarce(pad_to))
     monkeypatch.setattr(pipeline.colour, "match_colour", scarce(pipeline.colour.match_colour))
-    model = lossless(pictures=PictureDevice(torch.device("meta"), free))
+    model = lossless(image_device=ImageDevice(torch.device("meta"), free))
     assert torch.equal(restore(image, model, Options(scale=2, process_size=0)), expected)
     assert len(asked) == {"enlarge": 3, "finish": 3}[stage]
     assert len(caplog.records) == 1

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tsdsr_core.system.memory import PictureDevice, check_ram, fits_beside, is_out_of_memory, is_unclear
+from tsdsr_core.system.memory import ImageDevice, check_ram, fits_beside, is_out_of_memory, is_unclear
 from tsdsr_core.tiles.memory import CPU_BATCH, LARGEST_BATCH, TileMemory, tile_batch, tile_bytes, tile_side
 
 
@@ -55,12 +55,12 @@ def devices_of(*tensors):
 
 def test_pictures_are_worked_on_where_they_fit():
     free = [10**9]
-    pictures = PictureDevice(META, lambda: free[0])
+    pictures = ImageDevice(META, lambda: free[0])
     assert pictures.run(1000, 1000, devices_of, torch.ones(1), torch.ones(1, device=META)).device == META
     assert pictures.run(4000, 4000, devices_of, torch.ones(1)).device.type == "cpu"
     free[0] *= 16
     assert pictures.run(4000, 4000, devices_of, torch.ones(1)).device == META, "room is asked for each time"
-    assert PictureDevice().run(1, 1, devices_of, torch.ones(1, device=META)).device == META, "by default they stay"
+    assert ImageDevice().run(1, 1, devices_of, torch.ones(1, device=META)).device == META, "by default they stay"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_pictures_go_on_on_the_cpu_where_the_device_fails(error, caplog):
             raise error
         return tensor + 1
 
-    pictures = PictureDevice(META, release=lambda: released.append(1), ran_out=lambda e: is_out_of_memory(e) or e is error)
+    pictures = ImageDevice(META, release=lambda: released.append(1), ran_out=lambda e: is_out_of_memory(e) or e is error)
     if isinstance(error, MemoryError):  # host memory is no matter of devices
         with pytest.raises(MemoryError):
             pictures.run(5, 7, work, torch.ones(1))
@@ -84,7 +84,7 @@ def test_pictures_go_on_on_the_cpu_where_the_device_fails(error, caplog):
     assert (tried, released) == (["meta", "cpu", "cpu"], [1]), "the device is not asked again"
     said = str(error).partition("\n")[0]
     assert [record.getMessage() for record in caplog.records] == [
-        f"pictures of 7x5 pixels failed on meta ({said}); going on with them on the CPU"
+        f"images of 7x5 pixels failed on meta ({said}); going on with them on the CPU"
     ]
 
 
@@ -97,7 +97,7 @@ def test_other_errors_of_work_on_pictures_are_raised_at_once(device, error):
         raise error
 
     with pytest.raises(RuntimeError) as raised:
-        PictureDevice(device).run(5, 7, work, torch.ones(1))
+        ImageDevice(device).run(5, 7, work, torch.ones(1))
     assert (raised.value, tried) == (error, [device.type])
 
 

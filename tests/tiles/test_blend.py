@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsdsr_core.tiles.blend import centred_window, fitting_velocity, official_window, tiled_velocity
+from tsdsr_core.tiles.blend import centred_window, official_window, tiled_velocity, velocity_in_memory
 from tsdsr_core.tiles.memory import TileMemory
 from tsdsr_core.tiles.plan import Tiling, even_tiles, official_tiles
 
@@ -111,7 +111,7 @@ def test_tiles_of_half_the_side_follow_where_one_does_not_fit(caplog):
     z = torch.randn(1, 2, 64, 96)
     memory = TileMemory(release=lambda: released.append(1))
     with caplog.at_level(logging.WARNING):
-        result = fitting_velocity(velocity, z, Tiling(64, 20, 2, batch=1), memory, lambda *_: None)
+        result = velocity_in_memory(velocity, z, Tiling(64, 20, 2, batch=1), memory, lambda *_: None)
     assert torch.allclose(result, z.square(), atol=1e-6)
     assert len(released) == 2
     assert [record.getMessage().split("; ")[1] for record in caplog.records] == ["continuing with 32", "continuing with 16"]
@@ -122,7 +122,7 @@ def test_what_the_watcher_runs_out_of_is_not_put_down_to_the_tiles():
         raise torch.OutOfMemoryError("the preview is too large")
 
     with pytest.raises(torch.OutOfMemoryError, match="the preview is too large"):
-        fitting_velocity(torch.square, torch.randn(1, 2, 64, 64), Tiling(), TileMemory(), tick)
+        velocity_in_memory(torch.square, torch.randn(1, 2, 64, 64), Tiling(), TileMemory(), tick)
 
 
 def test_no_memory_for_the_least_tile_says_what_to_do():
@@ -130,7 +130,7 @@ def test_no_memory_for_the_least_tile_says_what_to_do():
         raise torch.OutOfMemoryError("no memory at all")
 
     with pytest.raises(RuntimeError, match="one tile of 16 latent cells, the smallest size: close other programs"):
-        fitting_velocity(velocity, torch.randn(1, 2, 32, 32), Tiling(), TileMemory(), lambda *_: None)
+        velocity_in_memory(velocity, torch.randn(1, 2, 32, 32), Tiling(), TileMemory(), lambda *_: None)
 
 
 def test_other_errors_pass_through():
@@ -162,7 +162,7 @@ def test_what_may_be_something_else_is_shown_as_it_is():
 
     tiling = Tiling(64, 8, 2, batch=2)
     with pytest.raises(RuntimeError, match=r"^cuDNN error: CUDNN_STATUS_NOT_SUPPORTED$"):
-        fitting_velocity(velocity, torch.randn(1, 4, 64, 80), tiling, TileMemory(), lambda *_: None)
+        velocity_in_memory(velocity, torch.randn(1, 4, 64, 80), tiling, TileMemory(), lambda *_: None)
     assert {max(size) for size in tried} == {64, 32, 16}
     assert len(tried) <= 6
 
@@ -175,7 +175,7 @@ def test_a_host_may_know_other_words_for_running_out():
 
     memory = TileMemory(ran_out=lambda error: "allocator says no" in str(error))
     z = torch.randn(1, 4, 64, 80)
-    result = fitting_velocity(velocity, z, Tiling(32, 8, 2, batch=4), memory, lambda *_: None)
+    result = velocity_in_memory(velocity, z, Tiling(32, 8, 2, batch=4), memory, lambda *_: None)
     assert (result - z).abs().max() <= 1e-6
     with pytest.raises(RuntimeError, match=r"^allocator says no$"):
-        fitting_velocity(velocity, z, Tiling(32, 8, 2, batch=4), TileMemory(), lambda *_: None)
+        velocity_in_memory(velocity, z, Tiling(32, 8, 2, batch=4), TileMemory(), lambda *_: None)

@@ -116,7 +116,7 @@ def test_encoding_equals_the_untiled_run(vae, size, tile, keys):
 
 @pytest.mark.rounding
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(MIN_TILE, 60), st.sampled_from(["device", "host"]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_any_size_and_tile(height, width, tile, keys):
     changes = {"block_out_channels": (8, 16), "down_block_types": ("DownEncoderBlock2D",) * 2}
     vae = small_vae(4, up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, **changes)
@@ -239,6 +239,9 @@ def test_memory_is_checked_for_both_halves_before_any_work():
             check_memory(vae, 512, 512, 8, (encoder, decoder), CPU, None, None, ram)
         assert asked[-1] == max(needed["encoder", encoder], needed["decoder", decoder])
     assert len(set(asked)) > 2, "the type of a half counts"
+    with pytest.raises(MemoryError):
+        check_memory(vae, 512, 512, 8, (2, 4), CPU, None, None, ram, decodes=False)
+    assert asked[-1] == needed["encoder", 2] < needed["decoder", 4], "of a draft, the encoder alone"
 
 
 def test_images_do_not_bleed_into_each_other():

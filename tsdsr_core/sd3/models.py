@@ -16,7 +16,7 @@ from ..flow import TIMESTEP
 from ..restore import Model
 from ..system.atomic import reason
 from ..system.device import free_memory, free_ram, release_memory
-from ..system.memory import PictureDevice, is_out_of_memory
+from ..system.memory import ImageDevice, is_out_of_memory
 from ..system.precision import fits, half_dtype, run_half
 from ..tiles.memory import TileMemory, tile_bytes
 from ..vae.execute import check_memory, plan_and_run
@@ -108,7 +108,7 @@ class DiffusersModel:
                 self.vae, height, width, factor, (self._half_dtype("encoder").itemsize, self._half_dtype("decoder").itemsize),
                 self.device, self.free_memory(), self.vae_tile, lambda wanted: free_ram(),
             ),
-            pictures=PictureDevice(self.device, self.free_memory, lambda: release_memory(self.device)),
+            image_device=ImageDevice(self.device, self.free_memory, lambda: release_memory(self.device)),
         )  # fmt: skip
 
     def _tile_bytes(self, tile_height: int, tile_width: int) -> int:

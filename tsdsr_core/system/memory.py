@@ -67,24 +67,24 @@ def fits_beside(height: int, width: int, free: int | None) -> bool:
 
 
 @dataclass
-class PictureDevice:
-    """Where pictures are resized and given their colours: on the model's device where they fit beside it, else on the CPU."""
+class ImageDevice:
+    """Where images are resized and colour-corrected: on the model's device if they fit beside the model, else on the CPU."""
 
     device: torch.device | None = None
-    """None for wherever the pictures lie."""
+    """None for wherever the images are."""
     free: Callable[[], int | None] = lambda: None
     """Bytes that are free on the device now; None where there is no limit of a device."""
     release: Callable[[], None] = lambda: None
-    """Gives cached memory back, after running out."""
+    """Frees cached memory, after an out-of-memory error."""
     ran_out: RanOut = is_out_of_memory
 
     def run(self, height: int, width: int, work: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """``work`` on ``tensors``, which are brought together for it; its result is on the device it chose.
+        """``work`` on ``tensors``, which are moved to one device for it; its result stays there.
 
-        Where the device runs out of memory, or lacks an operator, this and all further work is done on the CPU.
+        If the device runs out of memory, or lacks an operator, this and all further work is done on the CPU.
 
         Args:
-            height, width: of the largest picture in it, in pixels.
+            height, width: of the largest image in it, in pixels.
         """
         if self.device is None:
             return work(*tensors)
@@ -94,8 +94,8 @@ class PictureDevice:
             except RuntimeError as error:
                 if self.device.type == "cpu" or not (self.ran_out(error) or isinstance(error, NotImplementedError)):
                     raise
-                said = "pictures of %dx%d pixels failed on %s (%s); going on with them on the CPU"
+                said = "images of %dx%d pixels failed on %s (%s); going on with them on the CPU"
                 log.warning(said, width, height, self.device, str(error).partition("\n")[0])
             self.device = torch.device("cpu")
-            self.release()  # here, where the error no longer holds tensors
+            self.release()  # here, since the error no longer refers to tensors
         return work(*(tensor.cpu() for tensor in tensors))

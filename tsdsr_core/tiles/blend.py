@@ -49,7 +49,7 @@ class _TileTooLarge(RuntimeError):
         self.cause = cause
 
 
-def fitting_velocity(velocity: Velocity, z: Tensor, tiling: Tiling, memory: TileMemory, tick: TileProgress) -> Tensor:
+def velocity_in_memory(velocity: Velocity, z: Tensor, tiling: Tiling, memory: TileMemory, tick: TileProgress) -> Tensor:
     """``tiled_velocity`` with tiles that fit into memory: if one tile does not, it starts again with half the side.
 
     Args:

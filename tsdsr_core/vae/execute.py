@@ -73,6 +73,7 @@ def plan_and_run(
 def check_memory(
     vae: nn.Module, height: int, width: int, factor: int, itemsizes: tuple[int, int], device: torch.device, free: int | None,
     tile: int | None, ram: Callable[[int], int], kernels: Kernels | None = None, patched: bool = False,
+    decodes: bool = True,
 ) -> None:  # fmt: skip
     """Raise ``MemoryError``, before any work, if ``plan_and_run`` would for one half of an autoencoder.
 
@@ -82,13 +83,14 @@ def check_memory(
         itemsizes: bytes of one value in the encoder and in the decoder.
         ram: free bytes of host memory, given the number that is needed.
         patched: as for the programs.
+        decodes: whether the decoder will be used too.
     """
     kernels = kernels or kernels_of(device)
-    encoder, decoder = ([op.spec for op in half(vae, patched)] for half in (encoder_program, decoder_program))
-    plans = (
-        plan_tiles(encoder, height, width, itemsizes[0], free, tile, kernels=kernels),
-        plan_tiles(decoder, height // factor, width // factor, itemsizes[1], free, tile, kernels=kernels),
-    )
+    encoder = [op.spec for op in encoder_program(vae, patched)]
+    plans = [plan_tiles(encoder, height, width, itemsizes[0], free, tile, kernels=kernels)]
+    if decodes:
+        decoder = [op.spec for op in decoder_program(vae, patched)]
+        plans.append(plan_tiles(decoder, height // factor, width // factor, itemsizes[1], free, tile, kernels=kernels))
     needed = max(ram_bytes(plan, device) for plan in plans)
     check_ram(needed, ram(needed))
 

@@ -124,7 +124,7 @@ def _by_group(values: tuple[Tensor, ...], groups: int) -> Tensor:
 
 @functools.lru_cache(256)
 def _shares(counts: tuple[int, ...], channels: int, device: torch.device) -> Tensor:
-    """The pixels of each part, once for each channel of a group; kept on the device, since pictures of a size repeat."""
+    """The pixels of each part, once for each channel of a group; kept on the device, since image sizes repeat."""
     if len(counts) == 1:
         return torch.ones(channels, device=device)
     return torch.tensor(counts, dtype=torch.float32, device=device).repeat_interleave(channels)

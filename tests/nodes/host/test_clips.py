@@ -54,16 +54,16 @@ def clip_graph(first: str, count: int, **changes) -> tuple[Graph, str]:
 
 
 def test_progress_counts_frames(host):
-    graph, _ = clip_graph("photo.png", 3, strength=0.95)
+    graph, _ = clip_graph("photo.png", 6, strength=0.95)
     told = watched(host, graph)
     assert told["end"] == "execution_success"
-    for count in range(1, 4):
-        assert sum(f"{count}/3 images" in text for text in told["texts"]) == 1
+    for count in range(1, 7):
+        assert sum(f"{count}/6 images" in text for text in told["texts"]) == 1
     largest = max(most for _, most in told["progress"])
     values = [value for value, most in told["progress"] if most == largest]
     assert values == sorted(values)
     assert values[-1] == largest
-    assert values[0] < largest, "something was told before the end; the host leaves out what comes within 0.1 s"
+    assert len(values) > 3
 
 
 def test_a_cancelled_clip_ends_between_frames_and_leaves_nothing_to_the_next(host):

@@ -15,7 +15,7 @@ def test_the_pack_is_imported_without_a_word_and_fast(host):
     log = host.log.read_text().partition("To see the GUI")[0]
     assert "IMPORT FAILED" not in log
     seconds = float(re.search(rf"([\d.]+) seconds: .*{host_module.PACK}", log)[1])
-    assert seconds < 0.1 * host.started_in, "a share, since both are as slow as the machine"
+    assert seconds < 0.5
     assert not [
         line for line in log.splitlines() if "tsd" in line.lower() and ("warn" in line.lower() or "error" in line.lower())
     ]

@@ -1,4 +1,4 @@
-"""measure time and memory against the published procedure, on random weights in the published layout"""
+"""``tsdsr bench``: its options, loading both procedures, and their comparison."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import InputError
-from ..system.atomic import reason
-from ..system.device import choose_device, choose_dtype, held_memory, release_memory
-from ..system.memory import is_out_of_memory
-from .arguments import add_device_arguments, add_memory_argument, limit_memory, memory_limit
+from ...errors import InputError
+from ...system.atomic import reason
+from ...system.device import choose_device, choose_dtype, held_memory, release_memory
+from ...system.memory import is_out_of_memory
+from ..arguments import add_device_arguments, add_memory_argument, limit_memory, memory_limit
 from .benchmark import (
     SCALE,
     SIZES,
@@ -123,7 +123,7 @@ def run(options: argparse.Namespace) -> int:
             f"--outputs {wrong}, --repeats {options.repeats}: expected sides that are multiples of 64, and at least 1 repeat"
         )
     if options.gpu:
-        from .gpu.command import run_gpu  # here, since it builds on this module
+        from .gpu import run_gpu  # here, since it builds on this module
 
         return run_gpu(options)
     device = choose_device(options.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ..benchmark import STAGE_NAMES
+from .benchmark import STAGE_NAMES
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -17,10 +17,10 @@ import torch
 from ...errors import InputError
 from ...system.atomic import reason
 from ...system.device import choose_device, choose_dtype, release_memory
-from ..bench import Trial, compare, describe, load_contenders
-from ..benchmark import SIZES, Contender
-from . import parts
-from .report import markdown
+from . import gpu_parts as parts
+from .benchmark import SIZES, Contender
+from .command import Trial, compare, describe, load_contenders
+from .gpu_report import markdown
 
 GIGABYTES = (8, 12, 16, 24)
 _GROWTH = 6

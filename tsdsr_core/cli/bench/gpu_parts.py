@@ -22,14 +22,15 @@ from ...system.device import free_memory, free_ram, held_memory, release_memory
 from ...system.memory import is_out_of_memory
 from ...vae import attention
 from ...vae.execute import plan_and_run
+from ...vae.feature_map import crop
+from ...vae.passes import KEY_TILE
 from ...vae.plan import Region
 from ...vae.program import decoder_program, encoder_program
-from ..bench import Trial
-from ..benchmark import SCALE, Contender, peak_memory, synchronise
+from .benchmark import SCALE, Contender, peak_memory, synchronise
+from .command import Trial
 
 HEAD = 512
 """Channels of the one head of SD3's autoencoder."""
-KEY_TILE = 64
 KERNELS = 12
 """Kernels named in a profile."""
 _LAUNCH, _WAIT, _COPY = "LaunchKernel", "Synchronize", "Memcpy HtoD"
@@ -97,7 +98,7 @@ def difference(contenders: Sequence[Contender], side: int, device: torch.device)
 
 
 def attention_rows(sides: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[Row]:
-    """Seconds, and bytes beyond queries, keys and values, of one head of 512 over the cells of pictures of ``sides`` pixels."""
+    """Seconds, and bytes beyond queries, keys and values, of one head of 512 over the latent cells of images of given sides."""
     rows = []
     for side in sides:
         cells = side // 8
@@ -106,7 +107,7 @@ def attention_rows(sides: Sequence[int], device: torch.device, dtype: torch.dtyp
             for _ in range(3)
         )
         tiles = Region(0, 0, cells, cells).grid(KEY_TILE, KEY_TILE)
-        pairs = [(_cells(key, tile), _cells(value, tile)) for tile in tiles]
+        pairs = [(crop(key, tile), crop(value, tile)) for tile in tiles]
         ways: dict[str, Callable[[], Tensor]] = {
             "torch's kernel": lambda q=query, k=key, v=value: attention.fused(q, k, v),
             "over tiles of keys": lambda q=query, p=pairs: attention.streamed(q, p),
@@ -122,10 +123,6 @@ def attention_rows(sides: Sequence[int], device: torch.device, dtype: torch.dtyp
             release_memory(device)
             rows.append(row)
     return rows
-
-
-def _cells(values: Tensor, tile: Region) -> Tensor:
-    return values[:, :, tile.top : tile.bottom, tile.left : tile.right]
 
 
 @torch.inference_mode()

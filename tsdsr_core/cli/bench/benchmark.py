@@ -23,17 +23,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ..flow import TIMESTEP
-from ..restore import Model, Options, restore
-from ..sd3.config import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, TRANSFORMER_TARGETS, VAE_CONFIG, VAE_TARGETS
-from ..sd3.fold import fold
-from ..sd3.models import DiffusersModel, load_folder, merged_bundle, model_from_bundle
-from ..system.atomic import reason, torch_writer, write_files, write_tensors
-from ..system.device import release_memory
-from ..system.memory import fits_beside
-from ..weights.bundle import read_bundle, write_bundle
-from ..weights.lora import TRANSFORMER_FILE, VAE_FILE, load_lora
-from ..weights.prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds, load_prompt
+from ...flow import TIMESTEP
+from ...restore import Model, Options, restore
+from ...sd3.config import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, TRANSFORMER_TARGETS, VAE_CONFIG, VAE_TARGETS
+from ...sd3.fold import fold
+from ...sd3.models import DiffusersModel, load_folder, merged_bundle, model_from_bundle
+from ...system.atomic import reason, torch_writer, write_files, write_tensors
+from ...system.device import release_memory
+from ...system.memory import fits_beside
+from ...weights.bundle import read_bundle, write_bundle
+from ...weights.lora import TRANSFORMER_FILE, VAE_FILE, load_lora
+from ...weights.prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds, load_prompt
 
 STAGE_NAMES = ("encode", "step", "decode", "colour")
 """Stages of the pipeline, as ``restore`` reports its progress."""

@@ -12,14 +12,12 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from tsdsr_core.cli import arguments, main
 from tsdsr_core.cli.bench import benchmark, command
 from tsdsr_core.cli.bench.benchmark import (
-    SIZES,
     Contender,
     count_flops,
     load_ours,
     load_published,
     peak_memory,
     synchronise,
-    write_random_weights,
 )
 from tsdsr_core.restore import Model, Options, restore
 
@@ -28,20 +26,11 @@ from ..support.tiny import photo
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The weights of the smallest size, where the command looks for them."""
-    work = tmp_path_factory.mktemp("bench")
-    (work / "tiny-float32").mkdir()
-    write_random_weights(work / "tiny-float32", SIZES["tiny"], torch.float32)
-    return work
-
-
 @pytest.mark.rounding
-def test_both_sides_have_the_same_weights(folder):
+def test_both_sides_have_the_same_weights(bench_folder):
     """In one tile and with one recipe, the published adapters and the merged, folded bundle give the same picture."""
     image, options = photo(32, 32), Options(scale=4, process_size=0, colour_fix="none")
-    official, ours = (load(folder / "tiny-float32", CPU, torch.float32) for load in (load_published, load_ours))
+    official, ours = (load(bench_folder / "tiny-float32", CPU, torch.float32) for load in (load_published, load_ours))
     difference = restore(image, official.model, options) - restore(image, ours.model, options)
     assert difference.abs().max() < 1e-4
     assert restore(image, ours.model, options).std() > 0.01, "the picture is not just grey"
@@ -61,9 +50,9 @@ def test_attention_is_counted():
     assert count_flops(contender, 128, CPU) == 2 * 2 * 3 * 32 * 20 * 8
 
 
-def test_it_prints_a_table_and_ends_in_json(folder, capsys):
+def test_it_prints_a_table_and_ends_in_json(bench_folder, capsys):
     arguments = ["bench", "--size", "tiny", "--outputs", "128", "--repeats", "1", "--dtype", "fp32", "--device", "cpu"]
-    assert main([*arguments, "--work", str(folder)]) == 0
+    assert main([*arguments, "--work", str(bench_folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     report = json.loads(lines[-1])
     assert any("times the published procedure's time" in line for line in lines)
@@ -81,7 +70,7 @@ def report_of(folder, capsys, *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_what_is_compiled_is_compiled_before_it_is_timed_and_not_under_a_counter(folder, capsys, monkeypatch):
+def test_what_is_compiled_is_compiled_before_it_is_timed_and_not_under_a_counter(bench_folder, capsys, monkeypatch):
     """torch.compile gives up for good what it first meets under a dispatch mode, such as the counter of operations."""
     modes = []
 
@@ -89,14 +78,14 @@ def test_what_is_compiled_is_compiled_before_it_is_timed_and_not_under_a_counter
         return lambda **given: modes.append(is_in_torch_dispatch_mode()) or model(**given)
 
     monkeypatch.setattr(torch, "compile", compiled)
-    rows = report_of(folder, capsys, "--only", "ours", "--compile")["rows"]
+    rows = report_of(bench_folder, capsys, "--only", "ours", "--compile")["rows"]
     assert modes == [False] * len(modes)
     assert len(modes) == 2, "one run that is not timed, and one that is; one batch of tiles each"
     assert rows[0]["flops"] > 1e9
 
 
 @pytest.mark.parametrize("error", [MemoryError("the VAE needs 90 GB"), torch.OutOfMemoryError("CUDA out of memory")])
-def test_what_does_not_fit_is_a_row_too(folder, capsys, monkeypatch, error):
+def test_what_does_not_fit_is_a_row_too(bench_folder, capsys, monkeypatch, error):
     run_once = command.run_once
 
     def short(contender, side, device):
@@ -105,18 +94,18 @@ def test_what_does_not_fit_is_a_row_too(folder, capsys, monkeypatch, error):
         return run_once(contender, side, device)
 
     monkeypatch.setattr(command, "run_once", short)
-    published, ours = report_of(folder, capsys)["rows"]
+    published, ours = report_of(bench_folder, capsys)["rows"]
     assert published == {"side": 128, "name": "published", "error": str(error)}
     assert ours["seconds"] > 0
 
 
-def test_other_errors_end_it(folder, monkeypatch):
+def test_other_errors_end_it(bench_folder, monkeypatch):
     def fault(*_):
         raise RuntimeError("shapes differ")
 
     monkeypatch.setattr(command, "run_once", fault)
     with pytest.raises(RuntimeError, match="shapes differ"):
-        main(["bench", "--outputs", "128", "--only", "ours", "--dtype", "fp32", "--device", "cpu", "--work", str(folder)])
+        main(["bench", "--outputs", "128", "--only", "ours", "--dtype", "fp32", "--device", "cpu", "--work", str(bench_folder)])
 
 
 def test_the_chosen_device_is_waited_for(monkeypatch):
@@ -134,13 +123,13 @@ def test_resident_memory_is_that_of_the_process():
         assert 0.9 * 200 * 2**20 < peak() < 2 * 200 * 2**20
 
 
-def test_the_published_weights_do_not_count_to_our_memory(folder, capsys, monkeypatch):
+def test_the_published_weights_do_not_count_to_our_memory(bench_folder, capsys, monkeypatch):
     """Of 8 GB on a device the published side's weights are 7."""
     monkeypatch.setattr(command, "memory_limit", lambda options, device: int(options.memory * 1e9))
     monkeypatch.setattr(command, "held_memory", lambda device: 7 * 10**9)
     monkeypatch.setattr(arguments, "held_memory", lambda device: 8 * 10**9)
-    assert report_of(folder, capsys, "--memory", "1.1")["rows"][1]["seconds"] > 0
-    assert main(["bench", "--dtype", "fp32", "--device", "cpu", "--work", str(folder), "--memory", "1"]) == 2
+    assert report_of(bench_folder, capsys, "--memory", "1.1")["rows"][1]["seconds"] > 0
+    assert main(["bench", "--dtype", "fp32", "--device", "cpu", "--work", str(bench_folder), "--memory", "1"]) == 2
     assert "--memory 1: the weights alone take 1.0 GB" in capsys.readouterr().err
 
 

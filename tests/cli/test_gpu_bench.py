@@ -9,21 +9,12 @@ import torch
 from tsdsr_core.cli import main
 from tsdsr_core.cli.bench import gpu as command
 from tsdsr_core.cli.bench import gpu_parts as parts
-from tsdsr_core.cli.bench.benchmark import SIZES, load_ours, write_random_weights
+from tsdsr_core.cli.bench.benchmark import SIZES, load_ours
 from tsdsr_core.cli.bench.gpu_report import markdown
 from tsdsr_core.vae import attention
 
 CPU = torch.device("cpu")
 GIVEN = ["bench", "--gpu", "--size", "tiny", "--outputs", "128", "64", "--repeats", "1", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """The weights of the smallest size, where the command looks for them."""
-    found = tmp_path_factory.mktemp("bench")
-    (found / "tiny-float32").mkdir()
-    write_random_weights(found / "tiny-float32", SIZES["tiny"], torch.float32)
-    return found
 
 
 def tables(text: str) -> dict[str, list[dict[str, str]]]:
@@ -44,8 +35,8 @@ def tables(text: str) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def test_one_run_gives_every_part_as_json_and_as_tables(work, capsys):
-    assert main([*GIVEN, "--work", str(work)]) == 0
+def test_one_run_gives_every_part_as_json_and_as_tables(bench_folder, capsys):
+    assert main([*GIVEN, "--work", str(bench_folder)]) == 0
     text, _, last = capsys.readouterr().out.strip().rpartition("\n")
     report, shown = json.loads(last), tables(text)
     assert [(row["side"], row["name"]) for row in report["rows"]] == [
@@ -80,8 +71,8 @@ def test_a_wrong_tile_would_show(monkeypatch):
     assert all(row["tiled"] > 5e-3 > 1e-4 > row["untiled"] for row in rows)
 
 
-def test_what_no_time_is_left_for_is_named(work, capsys):
-    assert main([*GIVEN, "--work", str(work), "--minutes", "1e-9"]) == 0
+def test_what_no_time_is_left_for_is_named(bench_folder, capsys):
+    assert main([*GIVEN, "--work", str(bench_folder), "--minutes", "1e-9"]) == 0
     text, _, last = capsys.readouterr().out.strip().rpartition("\n")
     report = json.loads(last)
     for name in ("exactness", "attention", "difference", "rows", "profiles", "held"):
@@ -108,12 +99,12 @@ def test_sides_run_once_or_not_at_all_where_time_is_short(monkeypatch):
     ]  # fmt: skip
 
 
-def test_a_part_that_fails_costs_itself_alone(work, capsys, monkeypatch):
+def test_a_part_that_fails_costs_itself_alone(bench_folder, capsys, monkeypatch):
     def fault(*_):
         raise RuntimeError("the profiler has no rights")
 
     monkeypatch.setattr(parts, "profiles", fault)
-    assert main([*GIVEN, "--work", str(work), "--only", "ours"]) == 0
+    assert main([*GIVEN, "--work", str(bench_folder), "--only", "ours"]) == 0
     text, _, last = capsys.readouterr().out.strip().rpartition("\n")
     report = json.loads(last)
     assert report["profiles"] == {"error": "the profiler has no rights"}
@@ -132,9 +123,9 @@ def test_attention_that_does_not_fit_is_a_row_too(monkeypatch):
     assert rows[1]["seconds"] > 0
 
 
-def test_a_smaller_card_is_this_one_filled(work, monkeypatch):
+def test_a_smaller_card_is_this_one_filled(bench_folder, monkeypatch):
     """Of 8.1 GB, 0.1 of them taken, a card of 8 GB leaves 0.1 to be filled, and none is left of a card of 12 GB."""
-    ours = load_ours(work / "tiny-float32", CPU, torch.float32)
+    ours = load_ours(bench_folder / "tiny-float32", CPU, torch.float32)
     device, filled, empty = torch.device("meta"), [], torch.empty
     monkeypatch.setattr(parts, "free_memory", lambda device: int(8.0e9))
     monkeypatch.setattr(parts, "held_memory", lambda device: int(0.1e9))

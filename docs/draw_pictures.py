@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 from torch import Tensor
 
 from tsdsr_core.images.files import read_picture
-from tsdsr_core.restore import Options, bicubic, restore
+from tsdsr_core.pipeline import Options, bicubic, restore
 from tsdsr_core.sd3.models import load_builtin
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..tsdsr_core.colour import WAVELET_LEVELS, match_colour
-from ..tsdsr_core.restore import bicubic
+from ..tsdsr_core.pipeline import bicubic
 from . import inputs
 from .checks import checked
 from .host import models, running

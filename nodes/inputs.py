@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..tsdsr_core.alpha import spread_colours
 from ..tsdsr_core.colour import METHODS, WAVELET_LEVELS, WAVELET_LEVELS_RANGE
-from ..tsdsr_core.restore import STRENGTH_RANGE, Options
+from ..tsdsr_core.pipeline import STRENGTH_RANGE, Options
 from ..tsdsr_core.tiles.plan import MIN_TILE, OVERLAP, TILE, max_overlap
 from .host import running
 from .host.schema import field

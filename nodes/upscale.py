@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..tsdsr_core.alpha import enlarge_alpha
 from ..tsdsr_core.image_size import PROCESS_SIZE, SCALE_RANGE, Size, SizePlan, plan_target, target_size
-from ..tsdsr_core.restore import Options, Stages, run_stages
+from ..tsdsr_core.pipeline import Options, Stages, run_stages
 from . import inputs
 from .checks import checked
 from .host import models, running, sampling

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..tsdsr_core.image_size import plan_target
-from ..tsdsr_core.restore import from_pixels, to_pixels
+from ..tsdsr_core.pipeline import from_pixels, to_pixels
 from . import inputs
 from .checks import checked
 from .host import models, placement, running

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .image_size import Size
-from .restore import bicubic
+from .pipeline import bicubic
 
 _TRUSTED = 1 / 16
 """Alpha from which a pixel's own colour is fully used; below it, most files store the colour with few digits."""

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from tsdsr_core.images.files import Picture, read_picture, write_picture
 from tsdsr_core.images.jobs import collect
-from tsdsr_core.restore import Options
-from tsdsr_core.restore import restore as restore_by_model
+from tsdsr_core.pipeline import Options
+from tsdsr_core.pipeline import restore as restore_by_model
 from tsdsr_core.sd3.models import load_builtin
 from tsdsr_core.train.data.dataset import Mixture, Pairs
 from tsdsr_core.train.data.degradations import degrade

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...tsdsr_core.flow import TIMESTEP, one_step
-from ...tsdsr_core.restore import Options, pad_to
+from ...tsdsr_core.pipeline import Options, pad_to
 from ...tsdsr_core.tiles.blend import velocity_in_memory
 from ...tsdsr_core.tiles.memory import CPU_BATCH, TileMemory
 from ...tsdsr_core.tiles.plan import TilePlan, Tiling

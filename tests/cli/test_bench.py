@@ -19,7 +19,7 @@ from tsdsr_core.cli.bench.benchmark import (
     peak_memory,
     synchronise,
 )
-from tsdsr_core.restore import Model, Options, restore
+from tsdsr_core.pipeline import Model, Options, restore
 
 from ..support.tiny import photo
 

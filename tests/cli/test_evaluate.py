@@ -16,7 +16,7 @@ from tsdsr_core.metrics.fidelity import flat_noise, naturalness, psnr_y, ssim_y
 from tsdsr_core.metrics.niqe import niqe
 from tsdsr_core.metrics.perceptual import Dists, Lpips, read_weights
 from tsdsr_core.metrics.spectrum import grid_peaks, sharpness
-from tsdsr_core.restore import bicubic
+from tsdsr_core.pipeline import bicubic
 
 from ..support.tiny import photo
 

@@ -14,7 +14,7 @@ from tsdsr_core.cli import main
 from tsdsr_core.cli import upscale as upscale_command
 from tsdsr_core.cli.progress import bar, time_left
 from tsdsr_core.images.files import Picture, write_picture
-from tsdsr_core.restore import Options, restore
+from tsdsr_core.pipeline import Options, restore
 from tsdsr_core.sd3.models import load_builtin
 from tsdsr_core.video import writing
 

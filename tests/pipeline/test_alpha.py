@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsdsr_core.alpha import enlarge_alpha, spread_colours
-from tsdsr_core.restore import bicubic
+from tsdsr_core.pipeline import bicubic
 
 from ..support.tiny import disc, photo
 

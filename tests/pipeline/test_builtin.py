@@ -8,7 +8,7 @@ import torch
 
 from tsdsr_core.images.files import read_picture
 from tsdsr_core.metrics.fidelity import psnr_y, ssim_y
-from tsdsr_core.restore import Options, bicubic, restore
+from tsdsr_core.pipeline import Options, bicubic, restore
 from tsdsr_core.sd3.models import load_builtin
 from tsdsr_core.weights.bundle import BUILTIN, read_bundle
 

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import nn
 
 from tsdsr_core import colour
-from tsdsr_core.restore import Options, bicubic, restore
+from tsdsr_core.pipeline import Options, bicubic, restore
 from tsdsr_core.sd3.fold import fold
 from tsdsr_core.sd3.models import DiffusersModel, merged_bundle, model_from_bundle
 from tsdsr_core.system.memory import ImageDevice

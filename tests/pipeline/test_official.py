@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tsdsr_core import official
-from tsdsr_core.restore import RECIPES, Options, restore, restored_images, stages_of
+from tsdsr_core.pipeline import RECIPES, Options, restore, restored_images, stages_of
 from tsdsr_core.sd3.models import DiffusersModel, load_folder
 from tsdsr_core.weights.lora import load_lora
 from tsdsr_core.weights.prompt import load_prompt

@@ -24,7 +24,7 @@ HOST = {
 }
 BASE = {"checks", "colour", "errors", "flow", "image_size", "system"}
 """Modules at the top of the core, and ``system``, that every other one may use; they use each other alone."""
-PIPELINE = {"alpha", "official", "restore"}
+PIPELINE = {"alpha", "official", "pipeline"}
 MAY_IMPORT = {
     "base": {"base"},
     "tiles": {"base", "tiles"},
@@ -38,8 +38,9 @@ MAY_IMPORT = {
     "train": {"base", "images", "metrics", "pipeline", "sd3", "tiles", "train", "vae", "weights"},
     "cli": {"base", "cli", "images", "metrics", "pipeline", "sd3", "tiles", "train", "vae", "video", "weights"},
     "nodes": {"base", "nodes", "pipeline", "tiles", "vae", "weights"},
+    "public": {"base", "images", "pipeline", "sd3", "weights"},
 }
-"""The arrows between the folders."""
+"""The arrows between the folders; ``public`` is what ``tsdsr_core`` itself offers its users, and no part of it uses."""
 PACKAGES = {
     "images": {"PIL", "cv2", "pillow_heif", "pillow_jxl", "tifffile"},
     "video": {"av"},
@@ -68,7 +69,7 @@ def room(parts: tuple[str, ...]) -> str:
     first = parts[1] if len(parts) > 1 else "__init__"
     if first in PIPELINE:
         return "pipeline"
-    return {"__init__": "base", "__version__": "base", "__main__": "cli"}.get(first, "base" if first in BASE else first)
+    return {"__init__": "public", "__version__": "base", "__main__": "cli"}.get(first, "base" if first in BASE else first)
 
 
 def imports(path: Path, root: Path = ROOT) -> list[tuple[str, ...]]:
@@ -81,7 +82,8 @@ def imports(path: Path, root: Path = ROOT) -> list[tuple[str, ...]]:
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else ()
             inside = (*above, *(node.module or "").split(".")) if node.module else above
-            names = [inside] if node.module else [(*inside, alias.name) for alias in node.names]
+            whole = node.module and inside != ("tsdsr_core",)
+            names = [inside] if whole else [(*inside, alias.name) for alias in node.names]
             found += [("project", *name) if node.level else name for name in names]
     return found
 
@@ -112,22 +114,23 @@ def test_arrows_run_down(path):
 @pytest.mark.parametrize(
     ("place", "line"),
     [
-        ("tsdsr_core/flow.py", "from .restore import restore"),
-        ("tsdsr_core/tiles/plan.py", "from ..restore import Options"),
+        ("tsdsr_core/flow.py", "from .pipeline import restore"),
+        ("tsdsr_core/tiles/plan.py", "from ..pipeline import Options"),
         ("tsdsr_core/vae/plan.py", "from ..weights.lora import Lora"),
         ("tsdsr_core/weights/lora.py", "import diffusers"),
         ("tsdsr_core/weights/bundle.py", "from ..sd3 import models"),
         ("tsdsr_core/images/files.py", "from ..sd3.models import load_folder"),
         ("tsdsr_core/images/jobs.py", "from ..video.formats import is_video"),
-        ("tsdsr_core/video/reading.py", "from ..restore import restore"),
+        ("tsdsr_core/video/reading.py", "from ..pipeline import restore"),
         ("tsdsr_core/cli/upscale.py", "import av"),
         ("tsdsr_core/metrics/niqe.py", "import transformers"),
-        ("tsdsr_core/restore.py", "from .sd3 import models"),
-        ("tsdsr_core/restore.py", "import comfy.sd"),
-        ("tsdsr_core/restore.py", "from tsdsr_core.colour import wavelet"),
+        ("tsdsr_core/pipeline.py", "from .sd3 import models"),
+        ("tsdsr_core/pipeline.py", "import comfy.sd"),
+        ("tsdsr_core/pipeline.py", "from tsdsr_core.colour import wavelet"),
         ("tsdsr_core/sd3/models.py", "from ..train.trainers import Trainer"),
         ("tsdsr_core/train/loop.py", "from ..cli import main"),
         ("nodes/upscale.py", "from ..tsdsr_core.sd3.models import load_builtin"),
+        ("nodes/upscale.py", "from ..tsdsr_core import load_builtin"),
         ("nodes/upscale.py", "from ..tsdsr_core.images.files import read_picture"),
         ("nodes/upscale.py", "from ..tsdsr_core.train.config import Config"),
         ("nodes/upscale.py", "import comfy.sd"),
@@ -175,5 +178,17 @@ def test_importing_asks_no_device():
         "def asked(*_, **__): raise AssertionError('a device was asked at import')\n"
         "for part in (torch.cuda, torch.xpu, torch.backends.mps): part.is_available = asked\n"
         f"for name in {[*light_modules(), 'tsdsr_core.cli']!r}: importlib.import_module(name)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_public_names_load_on_first_use_alone():
+    code = (
+        "import sys, tsdsr_core\n"
+        "assert not {'torch', 'diffusers'} & set(sys.modules)\n"
+        "tsdsr_core.restore, tsdsr_core.read_picture, tsdsr_core.read_bundle\n"
+        "assert 'diffusers' not in sys.modules\n"
+        "assert all(callable(getattr(tsdsr_core, name)) for name in tsdsr_core.__all__)\n"
+        "assert not hasattr(tsdsr_core, 'restorer')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -8,7 +8,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
-from tsdsr_core.restore import Options, restore
+from tsdsr_core.pipeline import Options, restore
 from tsdsr_core.sd3 import models
 from tsdsr_core.sd3.fold import fold
 from tsdsr_core.sd3.folder import check_folder, folder_shapes

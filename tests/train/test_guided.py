@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tsdsr_core.restore import bicubic
+from tsdsr_core.pipeline import bicubic
 from tsdsr_core.system.atomic import write_tensors
 from tsdsr_core.train.data.dataset import Mixture, Pairs
 from tsdsr_core.train.data.guided import METADATA_KEY, Guided, is_guided, write_guided

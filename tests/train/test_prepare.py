@@ -16,7 +16,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from tsdsr_core.cli import prepare
 from tsdsr_core.images.files import Picture, write_picture
-from tsdsr_core.restore import bicubic
+from tsdsr_core.pipeline import bicubic
 from tsdsr_core.sd3.models import model_from_bundle
 from tsdsr_core.system import atomic
 from tsdsr_core.train.data import dataset as data

@@ -18,7 +18,7 @@ from tsdsr_core.cli import main
 from tsdsr_core.colour import match_colour
 from tsdsr_core.images.files import Picture, read_picture, write_picture
 from tsdsr_core.metrics.spectrum import grid_peaks, sharpness
-from tsdsr_core.restore import bicubic
+from tsdsr_core.pipeline import bicubic
 from tsdsr_core.sd3.config import TRANSFORMER_TARGETS, VAE_TARGETS, model_shapes
 from tsdsr_core.train.checkpoint import read_checkpoint
 from tsdsr_core.train.config_file import read_config

@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tsdsr_core.restore import Options, restore
+from tsdsr_core.pipeline import Options, restore
 from tsdsr_core.sd3.models import load_folder, merged_bundle, model_from_bundle
 from tsdsr_core.weights.bundle import METADATA_KEY, Bundle, is_bundle, read_bundle, read_description, vae_weights, write_bundle
 from tsdsr_core.weights.lora import load_lora

@@ -8,7 +8,7 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
 from tsdsr_core.cli import main
-from tsdsr_core.restore import Options, restore
+from tsdsr_core.pipeline import Options, restore
 from tsdsr_core.sd3.config import TRANSFORMER_CONFIG
 from tsdsr_core.sd3.fold import FoldedEmbedding, fold_structure
 from tsdsr_core.sd3.models import model_from_bundle

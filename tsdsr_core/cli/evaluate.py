@@ -28,7 +28,7 @@ from ..images.jobs import is_image
 from ..metrics.fidelity import SSIM_WINDOW, flat_noise, mean, naturalness, psnr_y, ssim_y
 from ..metrics.niqe import niqe
 from ..metrics.spectrum import PERIODS, grid_peaks, sharpness
-from ..restore import bicubic
+from ..pipeline import bicubic
 from ..system.atomic import one_line
 from ..system.device import DEVICES, choose_device
 from .perceptual import FROM_FILE, Metric, compare_sets, load_metrics, read_metrics

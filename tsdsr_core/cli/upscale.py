@@ -35,7 +35,7 @@ from ..image_size import target_size
 from ..images.files import check_output, read_picture, write_picture
 from ..images.formats import FORMATS
 from ..images.jobs import Inputs, Job, collect, plan_jobs, result_name, say_left_out
-from ..restore import RECIPES, Options, restore, tiling_of
+from ..pipeline import RECIPES, Options, restore, tiling_of
 from ..system.atomic import check_target, one_line, reason
 from ..system.device import choose_device, choose_dtype
 from ..system.memory import is_out_of_memory

@@ -1,4 +1,4 @@
-"""Restorers with diffusers' models, loaded from an SD3 folder or a bundle, as the callables of ``restore.Model``."""
+"""Restorers with diffusers' models, loaded from an SD3 folder or a bundle, as the callables of ``pipeline.Model``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..flow import TIMESTEP
-from ..restore import Model
+from ..pipeline import Model
 from ..system.atomic import reason
 from ..system.device import free_memory, free_ram, release_memory
 from ..system.memory import ImageDevice, is_out_of_memory
@@ -241,7 +241,7 @@ def load_vae(path: Path) -> Any:
 def load_builtin(device: torch.device, dtype: torch.dtype) -> DiffusersModel:
     """Load the small model that ships with the package.
 
-    >>> from tsdsr_core.restore import Options, restore
+    >>> from tsdsr_core import Options, restore
     >>> model = load_builtin(torch.device("cpu"), torch.float32)
     >>> options = Options(scale=2.5, **model.defaults)
     >>> restore(torch.rand(1, 3, 24, 32), model.restorer(), options).shape

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..images.files import read_picture
 from ..metrics.fidelity import mean, psnr_y, ssim_y
 from ..metrics.spectrum import LEAST_SIDE, PERIODS, grid_peaks, sharpness
-from ..restore import bicubic
+from ..pipeline import bicubic
 
 Show = Callable[[str, Tensor], None]
 """Takes a name and an image ``(3, H, W)`` in 0..1."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tsdsr_core.images.files import read_picture
-from tsdsr_core.restore import Options, restore
+from tsdsr_core.pipeline import Options, restore
 from tsdsr_core.sd3.fold import fold
 from tsdsr_core.sd3.models import load_folder, merged_bundle, model_from_bundle
 from tsdsr_core.weights.bundle import read_bundle, write_bundle

@@ -12,7 +12,7 @@ from tsdsr_core.alpha import spread_colours
 from tsdsr_core.colour import match_colour
 from tsdsr_core.images.files import read_picture
 from tsdsr_core.metrics.fidelity import psnr_y
-from tsdsr_core.restore import Options, bicubic, restore
+from tsdsr_core.pipeline import Options, bicubic, restore
 from tsdsr_core.sd3.fold import fold
 from tsdsr_core.sd3.models import load_builtin, merged_bundle, model_from_bundle
 from tsdsr_core.video.reading import read_clip

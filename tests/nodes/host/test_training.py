@@ -8,7 +8,7 @@ import torch
 
 from tsdsr_core.cli import main
 from tsdsr_core.images.files import read_picture
-from tsdsr_core.restore import Options, restore
+from tsdsr_core.pipeline import Options, restore
 from tsdsr_core.sd3.models import load_folder, model_from_bundle
 from tsdsr_core.weights.bundle import find_lora, read_bundle
 from tsdsr_core.weights.prompt import load_prompt

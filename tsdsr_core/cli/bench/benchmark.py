@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ...flow import TIMESTEP
-from ...restore import Model, Options, restore
+from ...pipeline import Model, Options, restore
 from ...sd3.config import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, TRANSFORMER_TARGETS, VAE_CONFIG, VAE_TARGETS
 from ...sd3.fold import fold
 from ...sd3.models import DiffusersModel, load_folder, merged_bundle, model_from_bundle

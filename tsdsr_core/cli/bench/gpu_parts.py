@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
-from ...restore import restore
+from ...pipeline import restore
 from ...sd3.models import DiffusersModel
 from ...system.atomic import reason
 from ...system.device import free_memory, free_ram, held_memory, release_memory

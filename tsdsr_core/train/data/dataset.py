@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
 from ...errors import InputError
-from ...restore import bicubic
+from ...pipeline import bicubic
 from . import synthetic
 from .degradations import degrade
 from .guided import Guided, is_guided

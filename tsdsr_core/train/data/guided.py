@@ -19,7 +19,7 @@ import torch
 from torch import Generator, Tensor
 
 from ...errors import InputError
-from ...restore import bicubic
+from ...pipeline import bicubic
 from ...system.atomic import write_tensors
 from ...weights.reading import open_tensors, parse_json
 from .photos import shared_flags

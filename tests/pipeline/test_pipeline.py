@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsdsr_core import restore as pipeline
-from tsdsr_core.restore import Model, Options, bicubic, check_image, match_input, pad_to, restore
+from tsdsr_core import pipeline
+from tsdsr_core.pipeline import Model, Options, bicubic, check_image, match_input, pad_to, restore
 from tsdsr_core.system.memory import ImageDevice
 from tsdsr_core.tiles.memory import TileMemory
 

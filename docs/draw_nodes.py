@@ -15,7 +15,7 @@ import shutil
 import urllib.request
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import FloatRect, Page, sync_playwright
 
 ROOT = Path(__file__).parent.parent
 MARGIN, TITLE = 12, 30
@@ -80,7 +80,8 @@ def draw_node(page: Page, name: str, path: Path) -> None:
     """One node on its own."""
     width, height = page.evaluate(ALONE, name)
     page.wait_for_timeout(500)
-    clip = {"x": 400 - MARGIN, "y": 200 - TITLE - MARGIN, "width": width + 2 * MARGIN, "height": height + TITLE + 2 * MARGIN}
+    height += TITLE
+    clip: FloatRect = {"x": 400 - MARGIN, "y": 200 - TITLE - MARGIN, "width": width + 2 * MARGIN, "height": height + 2 * MARGIN}
     page.screenshot(path=path, clip=clip)
 
 

@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--plans", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
-    vae = AutoencoderKL(**VAE_CONFIG).eval().requires_grad_(False)
+    vae: Any = AutoencoderKL(**VAE_CONFIG).eval().requires_grad_(False)
     if options.plans:
         plans(vae)
         return
@@ -83,7 +84,7 @@ def main() -> None:
         draw(results, whole, options.picture)
 
 
-def exact(vae: AutoencoderKL, z: Tensor, tile: int | None, memory: float | None) -> Tensor:
+def exact(vae: Any, z: Tensor, tile: int | None, memory: float | None) -> Tensor:
     """This project's decoder; ``memory`` in GB."""
 
     def free() -> int | None:
@@ -93,7 +94,7 @@ def exact(vae: AutoencoderKL, z: Tensor, tile: int | None, memory: float | None)
     return plan_and_run(decoder_program(vae), z, z.device, free, tile, free_ram, release=lambda: release_memory(z.device))
 
 
-def tiled(vae: AutoencoderKL, z: Tensor, tile: int) -> Tensor:
+def tiled(vae: Any, z: Tensor, tile: int) -> Tensor:
     """diffusers' own tiles, which overlap by a quarter and are blended."""
     vae.enable_tiling()
     vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // 8
@@ -119,11 +120,11 @@ def draw(results: dict[str, Tensor], whole: Tensor, path: Path) -> None:
     sheet.save(path)
 
 
-def plans(vae: AutoencoderKL) -> None:
+def plans(vae: Any) -> None:
     """Where the maps lie and what they take, in 16 bit with 2.5 GB free on the device."""
-    forms = [op.form for op in decoder_program(vae)]
+    specs = [op.spec for op in decoder_program(vae)]
     for side in (512, 1024, 2048, 4096, 8192):
-        plan = plan_tiles(forms, side // 8, side // 8, 2, int(FREE))
+        plan = plan_tiles(specs, side // 8, side // 8, 2, int(FREE))
         print(f"{side}: maps on the {plan.maps}, keys on the {plan.keys}, device {plan.device_bytes / 1e9:.2f} GB, "
               f"host {plan.host_bytes / 1e9:.1f} GB, {plan.tiles} tiles")  # fmt: skip
 

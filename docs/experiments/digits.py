@@ -79,7 +79,7 @@ class Velocity(nn.Module):
         width = size.width
         self.inward, self.outward = nn.Linear(COMPONENTS, width), nn.Linear(width, COMPONENTS)
         self.told = nn.Sequential(nn.Linear(64 + LABELS, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             nn.ModuleDict({
                 "norm": nn.LayerNorm(width), "told": nn.Linear(width, width),
                 "body": nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)),
@@ -254,7 +254,7 @@ def experiment(size: Size, seeds: int, out: Path, more: bool = True) -> tuple[di
     began = judge.restored(Digits(basis, start, teacher))
     found = {"digits in 64 components (bound)": [judge.distance(basis.decode(basis.encode(judged)).clamp(-1, 1))]}
     found["where the student starts"] = [judge.distance(began)]
-    rows = [judged, judge.low.clamp(-1, 1), began]
+    rows, restored = [judged, judge.low.clamp(-1, 1), began], began
     arms = [(name, settings, 2e-5) for name, settings in ARMS.items()]
     if more:
         arms += [(f"{name}, fast phi", ARMS[name], FAST_FAKE) for name in ("VSD", "TSD", "TSD + DASM")]
@@ -263,8 +263,9 @@ def experiment(size: Size, seeds: int, out: Path, more: bool = True) -> tuple[di
         found[name] = []
         for seed in range(seeds):
             networks = train_student(start, teacher, basis, (images, labels), size, 10 + seed, settings, rate, out)
-            found[name].append(judge.distance(judge.restored(networks)))
-        rows.append(judge.restored(networks))
+            restored = judge.restored(networks)
+            found[name].append(judge.distance(restored))
+        rows.append(restored)
         print(f"{name:36} {'  '.join(f'{value:6.1f}' for value in found[name])}", flush=True)
     picture = torch.cat([torch.cat(list(row[:20]), 2) for row in rows], 1)
     return found, picture

@@ -21,6 +21,7 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,7 +116,8 @@ class Compact(nn.Module):
 
     def __init__(self, layers: list[tuple[Tensor, ...]]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.ParameterList([nn.Parameter(part, False) for part in layer]) for layer in layers)
+        parameters = (nn.ParameterList([nn.Parameter(part, False) for part in layer]) for layer in layers)
+        self.layers: Any = nn.ModuleList(parameters)
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
@@ -184,7 +186,7 @@ def main() -> None:
     if options.what != "time" and options.output is None:
         parser.error("-o is needed")
     weights = read_weights(options.models, NETWORKS[options.network])
-    network = (RRDBNet if options.network == "x4plus" else Compact)(weights).to(memory_format=torch.channels_last)
+    network = (RRDBNet if options.network == "x4plus" else Compact)(weights).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if options.what == "restore":
         restore(network, options.inputs, options.output)
     elif options.what == "time":

@@ -55,7 +55,7 @@ PACKAGES = {
 EVERYWHERE = {"numpy", "psutil", "safetensors", "torch"}
 """Brought by ComfyUI and by the plain installation alike."""
 EXTRAS = set().union(*PACKAGES.values()) - {"PIL", "comfy_api"}
-WHOLE_NUMBERS = {CORE / "image_size.py", CORE / "tiles" / "plan.py", CORE / "vae" / "forms.py", CORE / "vae" / "plan.py"}
+WHOLE_NUMBERS = {CORE / "image_size.py", CORE / "tiles" / "plan.py", CORE / "vae" / "passes.py", CORE / "vae" / "plan.py"}
 LIGHT = BASE | PIPELINE | {"metrics", "tiles", "vae", "weights"}
 """What needs no extra: a host application loads it."""
 OPTIONAL = {"tsdsr_core.vae.triton_norms"}

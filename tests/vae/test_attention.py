@@ -4,15 +4,17 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from tsdsr_core.errors import InputError
 from tsdsr_core.train.dry_run import LiveBytes
 from tsdsr_core.vae import attention as vae_attention
 from tsdsr_core.vae.execute import kernels_of, run
-from tsdsr_core.vae.passes import NVIDIA, Kernels
+from tsdsr_core.vae.passes import NVIDIA, Kernels, PassSpec
 from tsdsr_core.vae.plan import plan_places
-from tsdsr_core.vae.program import decoder_program
+from tsdsr_core.vae.program import Attention, Conv, KeyValue, decoder_program, in_windows
 
 from .test_program import small_vae
 from .test_tiled import CPU, ROUNDING, latents, untiled, worst
@@ -102,3 +104,52 @@ def test_where_convolutions_write_out_neighbours_maps_stay_contiguous():
         run(program, z, plan, CPU)
         assert seen == {kernels.unfolded}
         seen.clear()
+
+
+def windowed(query, key, value, tile, window):
+    """Attention in which each tile of queries sees the cells up to ``window`` beyond it, with a mask over all keys."""
+    height, width = query.shape[2:]
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    near = [
+        (cells[None, :] >= cells[:, None] // tile * tile - window)
+        & (cells[None, :] < (cells[:, None] // tile + 1) * tile + window)
+        for cells in (rows.flatten(), columns.flatten())
+    ]
+    q, k, v = (part.flatten(2).transpose(1, 2) for part in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=near[0] & near[1]).transpose(1, 2).reshape(query.shape)
+
+
+@pytest.mark.rounding
+@pytest.mark.parametrize("keys", ["device", "host"])
+def test_a_window_limits_what_each_tile_sees(keys):
+    """Against a mask; a window as large as the image is exact."""
+    vae = small_vae(8)
+    attention = vae.decoder.mid_block.attentions[0]
+    attention.to_q.weight.mul_(20)
+    channels = attention.to_q.in_features
+    identity = nn.Conv2d(channels, channels, 1, bias=False)
+    nn.init.dirac_(identity.weight)
+    first = Conv("identity", PassSpec("conv", channels, channels, halo=0, measured=True), identity)
+    last = Conv("identity", PassSpec("conv", channels, channels, halo=0), identity)
+    program = (first, *(op for op in decoder_program(vae) if isinstance(op, KeyValue | Attention)), last)
+    z = torch.randn(1, channels, 40, 44)
+
+    def result(window):
+        part = in_windows(program, window)
+        plan = plan_places([op.spec for op in part], 40, 44, 4, None, None, "device", keys)
+        return run(part, z, plan, CPU), plan.steps[-2].tile_height
+
+    exact, near, far = result(None)[0], result(16), result(44)
+    normal = attention.group_norm(z).permute(0, 2, 3, 1)
+    parts = (getattr(attention, name)(normal).permute(0, 3, 1, 2) for name in ("to_q", "to_k", "to_v"))
+    mixed = windowed(*parts, near[1], 16).permute(0, 2, 3, 1)
+    assert near[1] <= 16
+    assert worst(near[0], z + attention.to_out[0](mixed).permute(0, 3, 1, 2)) <= ROUNDING
+    assert worst(far[0], exact) <= ROUNDING
+    assert worst(near[0], exact) > 100 * ROUNDING
+
+
+@pytest.mark.parametrize("window", [15, 0, -1, 16.5, True])
+def test_windows_that_are_too_small_are_named(window):
+    with pytest.raises(InputError, match=f"VAE attention window {window}: expected a whole number of at least 16"):
+        in_windows(decoder_program(small_vae(8)), window)

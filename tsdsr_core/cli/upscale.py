@@ -40,7 +40,7 @@ from ..system.atomic import check_target, one_line, reason
 from ..system.device import choose_device, choose_dtype
 from ..system.memory import is_out_of_memory
 from ..tiles.plan import OVERLAP
-from ..vae.plan import check_tile
+from ..vae.plan import check_tile, check_window
 from ..video import formats as video_formats
 from .arguments import add_device_arguments, add_memory_argument, add_source_arguments, limit_memory, load_model, memory_limit
 from .progress import bar
@@ -80,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tile-overlap", type=int, default=OVERLAP, help="least overlap of tiles in latent cells")
     parser.add_argument("--tile-batch", type=_automatic, default="auto", help="tiles at once, a number or auto")
     parser.add_argument("--vae-tile", type=_automatic, default="auto", help="greatest VAE tile side in pixels; same result")
+    parser.add_argument(
+        "--vae-attention-window",
+        type=int,
+        metavar="CELLS",
+        help="estimate the VAE's attention, each tile from so many latent cells around it, at least 16; for very large images",
+    )
     parser.add_argument("--prompt-tokens", type=_automatic, default="auto", help="keep only so many of the prompt's tokens")
     parser.add_argument("--compile", action="store_true", help="run the transformer through torch.compile: slow to start")
     parser.add_argument("--posterior", choices=("mode", "sample"), default="mode", help="of the VAE encoder")
@@ -99,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
     if not 0 <= options.seed < 2**63:
         raise InputError(f"--seed {options.seed}: expected a whole number from 0 to 2^63 - 1")
     check_tile(options.vae_tile)
+    check_window(options.vae_attention_window)
     inputs = collect(options.inputs)
     jobs = _plan(inputs, options)
     device = choose_device(options.device)
@@ -143,7 +150,7 @@ def _run_jobs(jobs: list[Job], device: torch.device, chosen: Options, options: a
     limit = memory_limit(options, device)
     model = load_model(options, device, choose_dtype(options.dtype, device))
     limit_memory(model, limit)
-    model.vae_tile = options.vae_tile
+    model.vae_tile, model.vae_attention_window = options.vae_tile, options.vae_attention_window
     if options.prompt_tokens is not None:
         model.prompt = model.prompt.pruned(options.prompt_tokens)
     if options.compile:

@@ -20,7 +20,7 @@ from ..system.memory import ImageDevice, is_out_of_memory
 from ..system.precision import fits, half_dtype, run_half
 from ..tiles.memory import TileMemory, tile_bytes
 from ..vae.execute import check_memory, plan_and_run
-from ..vae.program import decoder_program, encoder_program
+from ..vae.program import decoder_program, encoder_program, in_windows
 from ..weights import float8
 from ..weights.bundle import BUILTIN, Bundle, read_bundle, vae_weights
 from ..weights.bundle_header import WRONG_KIND
@@ -51,6 +51,8 @@ class DiffusersModel:
 
     vae_tile: int | None = None
     """Maximum side of the VAE's tiles in pixels; None for automatic."""
+    vae_attention_window: int | None = None
+    """Cells beyond a tile that the VAE's attention sees, an estimate; None for all, which is exact."""
     memory_limit: int | None = None
     """Maximum bytes on an accelerator for weights, activations and tiles together; None for all of its memory."""
     compiled: Any = None
@@ -160,8 +162,9 @@ class DiffusersModel:
 
         def run(dtype: torch.dtype) -> Tensor:
             self._place_half(half)  # changes something only after an overflow
+            program = in_windows(_HALVES[half][0](self.vae), self.vae_attention_window)
             return plan_and_run(
-                _HALVES[half][0](self.vae), x.to(dtype), self.device, self.free_memory, self.vae_tile, free_ram,
+                program, x.to(dtype), self.device, self.free_memory, self.vae_tile, free_ram,
                 release=lambda: release_memory(self.device),
             )  # fmt: skip
 

@@ -42,19 +42,20 @@ def attend(
     scale_shift = work.scale_shift(op.norm, x)
     target, whole = FeatureMap(), Region(0, 0, step.height, step.width)
 
-    def attention(query: Tensor) -> Tensor:
+    def attention(query: Tensor, seen: Region) -> Tensor:
         if not work.plan.streamed:
-            return fused(query, keys.crop(whole), values.crop(whole))
+            return fused(query, keys.crop(seen), values.crop(seen))
         pairs = (
             (work.mover.read(keys.crop(region)), work.mover.read(values.crop(region)))
-            for region in whole.grid(KEY_TILE, KEY_TILE)
+            for region in seen.grid(KEY_TILE, KEY_TILE)
         )
         return streamed(query, pairs)
 
     def process(region: Region) -> Callable[[], None]:
         residual = work.mover.read(x.crop(region))
         tile = _project(op.query, work.norms.apply(residual, *scale_shift, False))
-        tile = _project(op.out, attention(tile)).contiguous(memory_format=work.layout)
+        seen = whole if op.spec.window is None else region.grown(op.spec.window, whole)
+        tile = _project(op.out, attention(tile, seen)).contiguous(memory_format=work.layout)
         return work.store(step, target, region, *work.norms.add(tile, residual, eps), x)
 
     work.tiles.each(step.regions, process)

@@ -45,6 +45,8 @@ class PassSpec:
     """Whether the input is normalised while it is read."""
     measured: bool = False
     """Whether the result will be normalised: its mean and variance are taken while it is written."""
+    window: int | None = None
+    """attention: cells beyond its tile, on each side, whose keys a query sees. None for all keys, which alone is exact."""
     residual_channels: int = 0
     """residual_end: channels of x. If they differ from those of the result, x goes through a convolution of its own."""
 

@@ -20,6 +20,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..checks import check_number
 from ..errors import InputError
 from .passes import NVIDIA, Kernels, PassSpec, Place, pass_bytes, score_values, unfolded_values
 
@@ -62,6 +63,15 @@ class Region:
     @property
     def width(self) -> int:
         return self.right - self.left
+
+    def grown(self, margin: int, within: Region) -> Region:
+        """The rectangle with ``margin`` more on each side, as far as that lies in ``within``."""
+        return Region(
+            max(within.top, self.top - margin),
+            max(within.left, self.left - margin),
+            min(within.bottom, self.bottom + margin),
+            min(within.right, self.right + margin),
+        )
 
     def grid(self, tile_height: int, tile_width: int) -> tuple[Region, ...]:
         """Disjoint tiles of ``tile_height`` x ``tile_width``, row by row; the last of each row and column may be smaller."""
@@ -188,6 +198,12 @@ def check_tile(tile: int | None) -> None:
         raise InputError(f"VAE tile {tile}: expected at least {MIN_TILE} pixels")
 
 
+def check_window(window: int | None) -> None:
+    """Raise ``InputError`` for a window of the attention that is too small; None is all cells."""
+    if window is not None:
+        check_number("VAE attention window", window, MIN_TILE, whole=True)
+
+
 def plan_places(
     specs: Sequence[PassSpec], height: int, width: int, itemsize: int, free: int | None, tile: int | None, maps: Place,
     keys: Place, kernels: Kernels = NVIDIA,
@@ -260,7 +276,7 @@ def _tile_size(
     kernels: Kernels,
 ) -> tuple[int, int]:  # fmt: skip
     """Height and width of the largest tiles that fit into ``left`` bytes and have no side above ``tile``, if given."""
-    longest = max(size) if tile is None else min(tile, max(size))
+    longest = min(side for side in (max(size), tile, spec.window) if side is not None)
 
     def possible(tile_height: int, tile_width: int, budget: int) -> bool:
         scale = 2 if spec.rescale == "down" else 1

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import InputError
 from .passes import PassSpec
+from .plan import check_window
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class Conv:
 
 @dataclass(frozen=True, eq=False)
 class KeyValue:
-    """KeyValue and values of an attention with one head; the projections are linear or 1x1 convolutions."""
+    """Keys and values of an attention with one head; the projections are linear or 1x1 convolutions."""
 
     name: str
     spec: PassSpec
@@ -43,7 +44,7 @@ class KeyValue:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Attention, attention and the output projection, added to x."""
+    """Queries, attention and its output projection, added to x."""
 
     name: str
     spec: PassSpec
@@ -115,6 +116,21 @@ def encoder_program(vae: Any, patched: bool = False) -> Program:
         InputError: names the first module that is not supported.
     """
     return _measured([*_half(vae, "encoder", patched), *_pointwise(vae, "quant_conv")])
+
+
+def in_windows(program: Program, window: int | None) -> Program:
+    """``program`` with attention limited to a window: an estimate of the exact result, in time linear in the pixels.
+
+    Args:
+        window: cells beyond a tile of queries, on each side, that the queries see, at least 16; None for all cells.
+
+    Raises:
+        InputError: for a smaller window.
+    """
+    if window is None:
+        return program
+    check_window(window)
+    return tuple(replace(op, spec=replace(op.spec, window=window)) if isinstance(op, Attention) else op for op in program)
 
 
 def plain(module: Any) -> Any:

@@ -26,7 +26,7 @@ from tsdsr_core.sd3.config import VAE_CONFIG
 from tsdsr_core.system.device import DTYPES, choose_device, choose_dtype, free_memory, free_ram, release_memory
 from tsdsr_core.vae.execute import plan_and_run
 from tsdsr_core.vae.plan import plan_tiles
-from tsdsr_core.vae.program import decoder_program
+from tsdsr_core.vae.program import decoder_program, in_windows
 
 FREE = 2.5e9
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     parser.add_argument("--memory", type=float, help="GB of the device that the exact one may take beside the weights")
+    parser.add_argument("--window", type=int, metavar="CELLS", help="also decode with the attention limited to a window")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--plans", action="store_true")
     options = parser.parse_args()
@@ -53,10 +54,15 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32; of no effect in 16 bit
     torch.nn.Module.to(vae, device, dtype)
     latent = torch.randn(1, 16, options.side // 8, options.side // 8).to(device, dtype)
+
+    def in_window(z: Tensor) -> Tensor:
+        return exact(vae, z, None, options.memory, options.window)
+
     decoders: dict[str, Callable[[Tensor], Tensor]] = {
         "untiled": torch.inference_mode()(lambda z: vae.decode(z, return_dict=False)[0]),
         "exact": lambda z: exact(vae, z, None, options.memory),
         f"exact, tile {options.tile}": lambda z: exact(vae, z, options.tile, options.memory),
+        **({f"window of {options.window}": in_window} if options.window else {}),
         "diffusers tiling": torch.inference_mode()(lambda z: tiled(vae, z, options.tile)),
     }
     print(f"{machine(device)}, {dtype}, {options.side}x{options.side}")
@@ -84,14 +90,15 @@ def main() -> None:
         draw(results, whole, options.picture)
 
 
-def exact(vae: Any, z: Tensor, tile: int | None, memory: float | None) -> Tensor:
-    """This project's decoder; ``memory`` in GB."""
+def exact(vae: Any, z: Tensor, tile: int | None, memory: float | None, window: int | None = None) -> Tensor:
+    """This project's decoder; ``memory`` in GB. With a ``window`` of the attention in cells it is an estimate."""
+    program = in_windows(decoder_program(vae), window)
 
     def free() -> int | None:
         found = free_memory(z.device)
         return found if found is None or memory is None else min(found, int(memory * 1e9))
 
-    return plan_and_run(decoder_program(vae), z, z.device, free, tile, free_ram, release=lambda: release_memory(z.device))
+    return plan_and_run(program, z, z.device, free, tile, free_ram, release=lambda: release_memory(z.device))
 
 
 def tiled(vae: Any, z: Tensor, tile: int) -> Tensor:

@@ -129,6 +129,7 @@ def test_bundle_says_what_is_missing_and_stores_notes(published, tmp_path, capsy
         (["{in}/0.png", "-o", "{out}", "--tile-overlap", "64"], "tile overlap 64"),
         (["{in}/0.png", "-o", "{out}", "--tile-batch", "0"], "tile batch 0"),
         (["{in}/0.png", "-o", "{out}", "--strength", "3"], "strength 3"),
+        (["{in}/0.png", "-o", "{out}", "--vae-attention-window", "8"], "VAE attention window 8: expected a whole number"),
         (["{in}/0.png", "-o", "{out}", "--vae-tile", "8"], "VAE tile 8: expected at least 16"),
         (["{in}/0.png", "-o", "{out}", "--prompt-tokens", "0"], "0 prompt tokens"),
         (["{in}/0.png", "-o", "{out}", "--recipe", "official", "--scale", "1.5"], "whole number"),
@@ -306,6 +307,14 @@ def test_tiles_of_the_vae_change_nothing(published, pictures, tmp_path, monkeypa
     whole = result_of(tmp_path / "a.png", *arguments)
     assert np.abs(result_of(tmp_path / "b.png", *arguments, "--vae-tile", "16") - whole).max() <= 1, "rounding to 8 bit"
     assert min(tiles[2:]) > 4 * max(tiles[:2])
+
+
+def test_a_window_of_the_attention_that_holds_the_image_changes_nothing(published, pictures, tmp_path):
+    arguments = [pictures / "0.png", *official(published), "--scale", "1"]
+    whole = result_of(tmp_path / "a.png", *arguments)
+    window = "--vae-attention-window"
+    assert np.abs(result_of(tmp_path / "b.png", *arguments, window, "64") - whole).max() <= 1, "rounding to 8 bit"
+    assert (result_of(tmp_path / "c.png", *arguments, window, "16") != whole).any()
 
 
 def test_a_picture_beyond_the_memory_is_refused_and_the_others_are_done(pictures, tmp_path, capsys, monkeypatch):

@@ -20,12 +20,20 @@ hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this system does not have."""
+    """Skip what this system does not have, and group what ``pytest -n`` runs in one process."""
     for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
         if item.get_closest_marker("posix") and sys.platform == "win32":
             item.add_marker(pytest.mark.skip(reason="Windows has no pipes, signals, file size limits or such file names"))
         if item.get_closest_marker("linux") and sys.platform != "linux":
             item.add_marker(pytest.mark.skip(reason="only on Linux is a file name any bytes"))
+
+
+def _group(item: pytest.Item) -> str:
+    """All tests of a ComfyUI share one server, those of a file share its fixtures."""
+    page = getattr(item, "callspec", None) and item.callspec.params.get("page")
+    needs_host = "host" in getattr(item, "fixturenames", ()) and page != "recorded"
+    return "host" if needs_host or page == "host" else str(item.path)
 
 
 @pytest.fixture(autouse=True)

@@ -62,7 +62,7 @@ def test_the_readme_is_short_and_has_the_commands_of_the_gate():
     readme, gate = text_of(ROOT / "README.md"), text_of(ROOT / ".ci" / "run")
     assert readme.count("\n") <= 135
     lines = [line.replace(" --quiet", "") for line in gate.splitlines()]
-    commands = [line for line in lines if line.startswith("pip install")] + ["pytest"]
+    commands = [line for line in lines if line.startswith("pip install")] + ["pytest -n 2"]
     assert len(commands) == 3
     for command in commands:
         assert re.search(f"^{re.escape(command)}$", readme, re.MULTILINE), command

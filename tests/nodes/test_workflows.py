@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -135,19 +136,30 @@ def test_every_node_has_a_help_page():
         assert all((ROOT / "web" / "docs" / picture).is_file() for picture in pictures)
 
 
+IN_WORDS = {"1", "2", "3", "90"}
+"""Figures of the translations that the English help pages write in words: "one image", "a third", "quarter turns"."""
+
+
 @pytest.mark.parametrize("language", ["zh", "ja", "ko"])
-def test_the_upscalers_help_in_another_language_covers_the_same_settings(language):
-    docs = ROOT / "web" / "docs"
-    pages = [(docs / path).read_text() for path in ("TSDSRUpscale.md", f"TSDSRUpscale/{language}.md")]
-    settings, pictures, sections = (
-        [re.findall(pattern, page, re.M) for page in pages]
-        for pattern in (r"^- .*?\*\*`(\w+)`\*\*", r"\]\((images/[^)]*)\)", r"^#+ ")
+@pytest.mark.parametrize("node", sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md")))
+def test_help_in_another_language_says_the_same(node, language):
+    english, page = (
+        (ROOT / "web" / "docs" / path).read_text(encoding="utf-8") for path in (f"{node}.md", f"{node}/{language}.md")
     )
-    assert len(settings[0]) == 11
-    assert settings[0] == settings[1]
-    assert pictures[0] == pictures[1]
-    assert sections[0] == sections[1]
-    names = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text())["TSDSRUpscale"]
-    assert pages[1].startswith(f"# {names['display_name']}\n")
-    for key, entry in names["inputs"].items():
-        assert key in ("image", "model", "vae", "conditioning") or f"- {entry['name']} **`" in pages[1], key
+    for pattern in (r"^(#+|-) ", r"\*\*`(\w+)`\*\*", r"\]\(([^)]*)\)"):  # headings and items, settings, pictures and links
+        assert re.findall(pattern, page, re.M) == re.findall(pattern, english, re.M)
+    assert sorted(re.findall(r"`([^`]+)`", page)) == sorted(re.findall(r"`([^`]+)`", english))
+    figures, told = (Counter(re.findall(r"(?<![A-Za-z.\d])\d+(?:\.\d+)?", text)) for text in (english, page))
+    assert not figures - told
+    assert set(told - figures) <= figures.keys() | IN_WORDS
+    assert not re.search(r"(?<!\\)~", page), "two of them would strike out what is between"
+
+    names, own = (read(ROOT / "locales" / each / "nodeDefs.json") for each in ("en", language))
+    assert page.startswith(f"# {own[node]['display_name']}\n")
+    named = [other for other, entry in names.items() if f"**{entry['display_name']}**" in english]
+    assert all(f"**{own[other]['display_name']}**" in page for other in named)
+    for name, (_, *options) in read(ROOT / "tests" / "data" / "nodes.json")[node]["inputs"].items():
+        shown = re.escape(own[node]["inputs"][name.replace(".", "_")]["name"])
+        assert re.search(rf"{shown} (\*\*)?`{name.split('.')[-1]}`", page), name
+        for choice in options[0].get("choices", ()) if options else ():
+            assert f"*{choice}*" in page, choice

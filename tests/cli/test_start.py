@@ -18,7 +18,7 @@ import importlib.util, json, sys
 {before}
 from tsdsr_core.cli import main
 code = main()
-left_out = ("accelerate", "av", "peft", "scipy", "tensorboard", "transformers")
+left_out = ("accelerate", "av", "peft", "scipy", "tensorboard", "torch._dynamo", "transformers")
 loaded = [name for name in left_out if name in sys.modules]
 found = [name for name in ("peft", "transformers", "torch.distributed.fsdp") if importlib.util.find_spec(name)]
 print(json.dumps({{"code": code, "loaded": loaded, "found": found}}))
@@ -60,6 +60,30 @@ def test_a_program_that_goes_on_keeps_all_packages(alone, loaded, monkeypatch):
     monkeypatch.delitem(sys.modules, "peft", raising=False)
     with arguments._quickly(argparse.Namespace(alone=alone)):
         assert "peft" not in sys.modules
+
+
+def test_the_compiler_that_was_left_out_still_works():
+    """Also where something needs more of it than its marks while it is left out."""
+    code = (
+        "import sys, torch\n"
+        "from tsdsr_core.system.imports import without_compiler\n"
+        "with without_compiler():\n"
+        "    marked = torch.compiler.disable(lambda x: x + 1)\n"
+        "    assert 'torch._dynamo.eval_frame' not in sys.modules\n"
+        "assert torch.compile(marked, backend='eager')(torch.ones(1)) == 2\n"
+        "assert torch._dynamo.__file__ and 'torch._dynamo.eval_frame' in sys.modules\n"
+        "with without_compiler():\n"
+        "    assert sys.modules['torch._dynamo'].__file__, 'what is loaded stays'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    code = (
+        "import sys, torch\n"
+        "from tsdsr_core.system.imports import without_compiler\n"
+        "with without_compiler():\n"
+        "    assert torch._dynamo.config.cache_size_limit\n"
+        "    assert sys.modules['torch._dynamo'].__file__\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_hidden_packages_are_found_again(monkeypatch):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import torch
 
 from ..errors import InputError
 from ..system.device import DEVICES, DTYPES, held_memory
-from ..system.imports import hidden
+from ..system.imports import hidden, without_compiler
 from ..weights.bundle import BUILTIN, is_bundle, read_bundle
 from ..weights.lora import TRANSFORMER_FILE, VAE_FILE, Lora, load_lora
 from ..weights.prompt import TOKENS_FILE, PromptEmbeds, load_prompt
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from ..sd3.models import DiffusersModel
 
 _UNUSED = ("accelerate", "peft", "scipy", "transformers", "torch.distributed.fsdp")
-"""What diffusers, and torch's compiler which it loads, take if it is there, and no bundle needs: seconds of each start."""
+"""What diffusers takes if it is there, and no bundle needs: seconds of each start."""
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, default_model: str | None) -> None:
@@ -120,7 +121,8 @@ def load_model(options: argparse.Namespace, device: torch.device, dtype: torch.d
         bundle = read_bundle(BUILTIN if options.model == "builtin" else path, "merged")
         with _quickly(options):
             from ..sd3.models import model_from_bundle
-        return model_from_bundle(bundle, device, dtype)
+
+            return model_from_bundle(bundle, device, dtype)
     if not path.is_dir():
         raise InputError(f"--model {options.model} does not exist: expected builtin, a bundle file or an SD3 folder")
     if options.lora_dir is None:
@@ -131,10 +133,15 @@ def load_model(options: argparse.Namespace, device: torch.device, dtype: torch.d
     return load_folder(path, loras, prompt, device, dtype, options.lora_strength, options.vae_lora_strength)
 
 
-def _quickly(options: argparse.Namespace) -> AbstractContextManager[None]:
+@contextmanager
+def _quickly(options: argparse.Namespace) -> Iterator[None]:
     """Hides what diffusers can do without, in a process that runs this command alone: a host of ours may need it later."""
-    alone = getattr(options, "alone", False) and "diffusers" not in sys.modules
-    return hidden(*_UNUSED) if alone else nullcontext()
+    with ExitStack() as stack:
+        if getattr(options, "alone", False) and "diffusers" not in sys.modules:
+            stack.enter_context(hidden(*_UNUSED))
+            if not getattr(options, "compile", False):
+                stack.enter_context(without_compiler())
+        yield
 
 
 def check_strengths(options: argparse.Namespace) -> None:

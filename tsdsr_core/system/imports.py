@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+_COMPILER = "torch._dynamo"
 
 
 @contextmanager
@@ -29,3 +34,39 @@ def hidden(*names: str) -> Iterator[None]:
         for name in new:
             if sys.modules[name] is None:
                 del sys.modules[name]
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Inside, who only marks functions for ``torch.compile`` does not load it; who needs more of it does.
+
+    The marks are lost, so this is for programs that will not compile what is imported inside.
+    """
+    if _COMPILER in sys.modules:
+        yield
+        return
+    sys.modules[_COMPILER] = stand_in = _StandIn(_COMPILER)
+    try:
+        yield
+    finally:
+        if sys.modules.get(_COMPILER) is stand_in:
+            del sys.modules[_COMPILER]
+
+
+class _StandIn(ModuleType):
+    """Has the two decorators of ``torch._dynamo`` that are used at import, doing nothing; loads the module for all else."""
+
+    @staticmethod
+    def disable(function: Any = None, *_: Any, **__: Any) -> Any:
+        return function or (lambda marked: marked)
+
+    @staticmethod
+    def allow_in_graph(function: Any) -> Any:
+        return function
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked by the import system itself
+            raise AttributeError(name)
+        if sys.modules.get(_COMPILER) is self:
+            del sys.modules[_COMPILER]
+        return getattr(importlib.import_module(_COMPILER), name)

@@ -15,7 +15,7 @@ import latent_preview
 import torch
 
 from .bad_values import BadValues, Disc, Value
-from .int8_models import Int8Products, MultipliesInt8
+from .int8_models import Int8Products, MultipliesInt8, Velocity
 
 
 class OddImage:
@@ -316,6 +316,7 @@ NODE_CLASS_MAPPINGS = {
     "TestRebuilt": Rebuilt,
     "TestInt8Products": Int8Products,
     "TestMultipliesInt8": MultipliesInt8,
+    "TestVelocity": Velocity,
     "TestCensus": Census,
     "TestPrompt": Prompt,
     "TestBadValues": BadValues,

@@ -5,6 +5,7 @@ import json
 import sys
 from unittest.mock import patch
 
+import comfy.model_management
 import comfy.quant_ops
 import torch
 
@@ -29,6 +30,24 @@ class Int8Products:
         layers, build = pack_layers(model)
         with patch.object(layers, "multiplies_int8", lambda device: True):
             return (build(),)
+
+
+class Velocity:
+    """Says what a model makes of fixed latents: its velocity at ``t = 1000``, 1024 numbers."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "conditioning": ("CONDITIONING",)}})
+    RETURN_TYPES = ()
+    FUNCTION = "say"
+    OUTPUT_NODE = True
+    CATEGORY = "test"
+
+    def say(self, model, conditioning):
+        comfy.model_management.load_models_gpu([model])
+        tokens, more = conditioning[0]
+        z = torch.sin(torch.arange(1024.0)).reshape(1, 16, 8, 8)
+        with torch.inference_mode():
+            v = model.model.diffusion_model(z, torch.tensor([1000.0]), context=tokens, y=more["pooled_output"])
+        return {"ui": {"text": [json.dumps(v.flatten().tolist())]}}
 
 
 class Gpu(str):

@@ -4,7 +4,6 @@ import json
 import subprocess
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -85,8 +84,18 @@ def in_int8(stored):
     return model
 
 
-def levels(picture):
-    return np.floor(picture.permute(1, 2, 0).numpy() * 255)
+def velocity(model):
+    """What the core's model makes of the latents of the node TestVelocity."""
+    return model.velocity(torch.sin(torch.arange(1024.0)).reshape(1, 16, 8, 8)).flatten()
+
+
+def told_velocity(result, node):
+    return torch.tensor(json.loads(result.outputs[node]["text"][0]))
+
+
+def distance(found, expected):
+    """Relative to what is expected."""
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 def test_it_is_converted_while_loading_where_products_in_int8_are_slow(bundle, host, knows_int8):
@@ -96,9 +105,13 @@ def test_it_is_converted_while_loading_where_products_in_int8_are_slow(bundle, h
     loader = load(graph, path)
     save, told = upscale(graph, loader, (loader, 0)), graph.add("TestWeights", model=(loader, 0))
     cases = graph.add("TestMultipliesInt8", model=(loader, 0))
+    v = graph.add("TestVelocity", model=(loader, 0), conditioning=(loader, 2))
     result = host.run(graph)
     assert result.status == "success", result.error
-    assert differs(result.pictures(save)[0], core(host, model_from_bundle(read_bundle(path), CPU, torch.float32))) <= 1
+    model = model_from_bundle(read_bundle(path), CPU, torch.float32)
+    assert differs(result.pictures(save)[0], core(host, model)) <= 1
+    print("converted", distance(told_velocity(result, v), velocity(model)))
+    assert distance(told_velocity(result, v), velocity(model)) < 1e-3, "in fp16, as the bundle is"
     assert "torch.int8" not in json.loads(result.outputs[told]["text"][0])
     found = json.loads(result.outputs[cases]["text"][0])
     expected = {"CPU": False, "host without int8": False}
@@ -108,11 +121,11 @@ def test_it_is_converted_while_loading_where_products_in_int8_are_slow(bundle, h
 
 
 def test_products_in_int8_are_those_that_the_format_defines(bundle, host, knows_int8):
-    """Rounding the inputs changes the picture; the core does the same with layers written here.
+    """Rounding the inputs changes the velocity; the core does the same with layers written here.
 
-    Each row of an input is rounded with a step of 1/127 of its largest number, about 3 times its root mean square: an error of
-    3 / 127 / sqrt(12) = 0.7 % of the input and of the product. Two blocks with four such layers in sequence, whose errors
-    are independent, add up to at most sqrt(8) x 0.7 % = 2 % of the velocity.
+    Each row of an input is rounded in steps of 1/127 of its largest number, which is about 3 times its root mean square:
+    an error of 3 / 127 / sqrt(12) = 0.7 % of the input and of the product. At most eight layers follow each other in two
+    blocks; their errors are independent and add up to sqrt(8) x 0.7 % = 2 % where nothing amplifies them.
     """
     if not knows_int8:
         pytest.skip("this ComfyUI does not know int8 weights")
@@ -121,26 +134,25 @@ def test_products_in_int8_are_those_that_the_format_defines(bundle, host, knows_
     loader = load(graph, path)
     made = graph.add("TestInt8Products", model=(loader, 0))
     save, told = upscale(graph, loader, (made, 0)), graph.add("TestWeights", model=(made, 0))
+    v = graph.add("TestVelocity", model=(made, 0), conditioning=(loader, 2))
     result = host.run(graph)
     assert result.status == "success", result.error
     stored = read_bundle(path)
-    exact, rounded = core(host, model_from_bundle(stored, CPU, torch.float32)), core(host, in_int8(stored))
-    picture = result.pictures(save)[0].astype(int)
-    assert differs(picture, rounded) <= 1
-    error, effect = np.abs(picture - levels(exact)).mean(), 255 * (exact - exact.mean((1, 2), True)).abs().mean()
-    print(
-        error,
-        effect,
-        np.abs(picture - levels(exact)).max(),
-        np.abs(picture - levels(rounded)).max(),
-        np.abs(picture - levels(rounded)).mean(),
+    rounded = in_int8(stored)
+    exact, expected, found = (
+        velocity(model_from_bundle(stored, CPU, torch.float32)),
+        velocity(rounded),
+        told_velocity(result, v),
     )
-    assert 0 < error < 0.02 * effect
+    print("int8", distance(found, expected), distance(found, exact))
+    assert distance(found, expected) < 0.1 * distance(found, exact)
+    assert distance(found, exact) < 0.02
+    assert differs(result.pictures(save)[0], core(host, rounded)) <= 1
 
-    found = json.loads(result.outputs[told]["text"][0])
-    assert found.pop("size") == sum(found.values()), "what the host counts is what is there"
+    counted = json.loads(result.outputs[told]["text"][0])
+    assert counted.pop("size") == sum(counted.values()), "what the host counts is what is there"
     matrices = sum(weight.numel() for key, weight in stored.transformer.items() if is_matrix(key))
-    assert found["torch.int8"] == matrices, "one byte for each number, half of fp16"
+    assert counted["torch.int8"] == matrices, "one byte for each number, half of fp16"
 
 
 def test_comfy_kitchen_makes_the_same_int8_weights(host, knows_int8, tmp_path):
@@ -184,17 +196,19 @@ def test_a_lora_goes_onto_int8_weights(in_int8, host, sd3, knows_int8):
         "TSDSRLoadLora", model=base, vae=(loader, 1), transformer_lora="tsdsr/transformer.safetensors",
         vae_lora="tsdsr/vae.safetensors", transformer_strength=1.0, vae_strength=0.0, vae_precision="fp32",
     )  # fmt: skip
-    plain, patched = (upscale(graph, loader, node) for node in (base, (lora, 0)))
+    plain, patched = (
+        graph.add("TestVelocity", model=node, conditioning=(loader, 2)) for node in (base, (lora, 0))
+    )  # fmt: skip
+    save = upscale(graph, loader, (lora, 0))
     result = host.run(graph)
     assert result.status == "success", result.error
     model = model_from_bundle(read_bundle(path), CPU, torch.float32)
     merge_lora(model.transformer, load_lora(sd3.loras / "transformer.safetensors"))
-    exact = levels(core(host, model))
-    plain, patched = (result.pictures(save)[0].astype(int) for save in (plain, patched))
-    effect, error = np.abs(plain - exact).mean(), np.abs(patched - exact).mean()
-    print(effect, error)
-    assert error < 0.1 * effect, "the LoRA is there"
-    assert in_int8 == (error > 0.02), "rounded only there"
+    effect, error = (distance(told_velocity(result, node), velocity(model)) for node in (plain, patched))
+    print("lora", in_int8, effect, error)
+    assert effect > 0.2
+    assert error < (0.04 if in_int8 else 1e-3), "the LoRA is there, once more rounded or not"
+    assert differs(result.pictures(save)[0], core(host, model)) <= 2
 
 
 @pytest.mark.parametrize("in_int8", [False, True])
@@ -206,7 +220,7 @@ def test_saving_it_again(in_int8, host, sd3, knows_int8):
     graph = Graph()
     loader = load(graph, path)
     base = (graph.add("TestInt8Products", model=(loader, 0)), 0) if in_int8 else (loader, 0)
-    graph.add(
+    saved = graph.add(
         "TSDSRSaveCheckpoint", model=base, vae=(loader, 1), conditioning=(loader, 2), filename_prefix="int8-saved", dtype="fp32"
     )
     result = host.run(graph)
@@ -216,8 +230,7 @@ def test_saving_it_again(in_int8, host, sd3, knows_int8):
         assert len(result.error.strip().splitlines()) == 1
         return
     assert result.status == "success", result.error
-    (saved,) = (host.base / "models" / "tsdsr").rglob("int8-saved*.safetensors")
-    first, again = read_bundle(path), read_bundle(saved)
+    first, again = read_bundle(path), read_bundle(host.base / "output" / result.outputs[saved]["text"][0])
     assert not again.int8
     for key, weight in first.transformer_weights(torch.float16).items():
         assert torch.equal(again.transformer[key].half(), weight), key

@@ -4,7 +4,7 @@
 ``running``    progress, interruption, out-of-memory errors     ``sampling``   the one step as a ComfyUI sampler
 ``models``     native model and VAE objects from bundles        ``bundling``   native models back into bundles
 ``loras``      LoRAs on native models                           ``vae``        encoding and decoding of any size
-``layers``     folded and 8-bit transformers in the host's      ``draft``      decoding with TAESD3
+``layers``     folded and quantised transformers in the host's  ``draft``      decoding with TAESD3
 ``placement``  where the image lies in a padded latent          ``previews``   previews of unfinished images
 ``examples``   example images in the input folder
 """

@@ -1,26 +1,35 @@
-"""Transformers with layers unlike the host's: folded ones (``tsdsr_core.sd3.fold``), and 8-bit weights
-(``tsdsr_core.weights.float8``) in the host's quantised layers."""
+"""Transformers with layers unlike the host's: folded ones (``tsdsr_core.sd3.fold``), and 8-bit and int8 weights
+(``tsdsr_core.weights.float8``, ``int8``) in the host's quantised layers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.model_detection
 import comfy.model_management
+import comfy.quant_ops
 import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ...tsdsr_core.weights.float8 import SCALE, STORED, dequantise
+from ...tsdsr_core.system.atomic import reason
+from ...tsdsr_core.system.memory import is_out_of_memory
+from ...tsdsr_core.weights import float8, int8
+from ...tsdsr_core.weights.float8 import SCALE
 from ..types import Model
+
+log = logging.getLogger("tsdsr")
 
 POOLED = "tsdsr_pooled"
 """Name of the attachment with which a folded model carries the one pooled prompt that it takes."""
 _TIME_CHANNELS = 256
-_LAYER = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+_FLOAT8 = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
 """What the host reads beside a weight: its type, and that products are not to be rounded to 8 bits as well."""
+_INT8 = "int8_tensorwise"
+"""The host's name of int8 weights, rotated or not; it multiplies them with inputs that it rounds to int8 as well."""
 
 
 class NoEmbedding(nn.Module):
@@ -63,7 +72,7 @@ def remove_padding(model: Model, pooled: Tensor) -> None:
     model.set_attachments(POOLED, pooled)
 
 
-def quantised_for_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def float8_for_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A bundle's 8-bit transformer in the names and shapes that the host's loader knows as quantised.
 
     A device that cannot hold 8-bit numbers, such as Apple's, gets the weights dequantised.
@@ -71,28 +80,92 @@ def quantised_for_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: where the names are not SD3's.
     """
-    if not comfy.model_management.supports_cast(comfy.model_management.get_torch_device(), STORED):
-        return dequantise(weights, weights["proj_out.weight"].dtype)
+    if not comfy.model_management.supports_cast(comfy.model_management.get_torch_device(), float8.STORED):
+        return float8.dequantise(weights, weights["proj_out.weight"].dtype)
+    return _marked(weights, lambda weight: _FLOAT8, lambda scales: scales[0])  # which query, key and value share
+
+
+def int8_for_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same for an int8 transformer; dequantised where ``multiplies_int8`` says no.
+
+    Raises:
+        ValueError: where the names are not SD3's.
+    """
+    if not multiplies_int8(comfy.model_management.get_torch_device()):
+        return int8.dequantise(weights, weights["proj_out.weight"].dtype)
+    return _marked(weights, lambda weight: _int8_layer(weight.shape[1]), lambda scales: torch.cat(scales))
+
+
+def multiplies_int8(device: torch.device) -> bool:
+    """Whether the host knows rotated int8 weights, and ``device`` is made for products of them, which one product shows.
+
+    Such weights have no other use in the host, which multiplies them in int8 wherever they are: on a CPU up to a hundred
+    times more slowly than in fp32.
+    """
+    algorithm = comfy.quant_ops.QUANT_ALGOS.get(_INT8)
+    if algorithm is None or device.type == "cpu":
+        return False
+    name = algorithm["comfy_tensor_layout"]
+    try:
+        layout: Any = comfy.quant_ops.get_layout_class(name)
+        if not layout.supports_fast_matmul():
+            return False
+        form = {"scale": torch.full((32, 1), 1 / 127, device=device), "orig_dtype": torch.float16, "orig_shape": (32, 256)}
+        numbers = torch.full((32, 256), 127, dtype=int8.STORED, device=device)
+        weight = comfy.quant_ops.QuantizedTensor(numbers, name, layout.Params(**form, convrot=True, convrot_groupsize=256))
+        product = nn.functional.linear(torch.ones(32, 256, dtype=torch.float16, device=device), weight)
+        return bool(((product - 256).abs() < 1).all())  # ones stay ones when rotated
+    except Exception as error:  # drivers and kernels fail in many ways
+        if is_out_of_memory(error):
+            raise
+        log.warning("products in int8 fail here, so the weights are converted while loading: %s", reason(error))
+        return False
+
+
+def _int8_layer(width: int) -> dict[str, Any]:
+    size = int8.group(width)
+    return {"format": _INT8} if size == 1 else {"format": _INT8, "convrot": True, "convrot_groupsize": size}
+
+
+def _marked(
+    weights: Mapping[str, Tensor], layer: Callable[[Tensor], dict[str, Any]], join: Callable[[list[Tensor]], Tensor]
+) -> dict[str, Tensor]:
+    """Quantised weights under the host's names, with scales and what the host reads beside a weight.
+
+    Args:
+        layer: what it reads, from the weight.
+        join: the scale of a joint matrix from those of its parts.
+    """
     # the host's own conversion from diffusers' names knows weights and biases, no scales
     rest = {key: weight for key, weight in weights.items() if not key.endswith(SCALE)}
     found = comfy.model_detection.convert_diffusers_mmdit(rest, "")
     if found is None or rest:
-        raise ValueError(f"ComfyUI cannot load this bundle's 8-bit transformer as SD3; unused weights: {sorted(rest)[:8]}")
+        raise ValueError(f"ComfyUI cannot load this bundle's quantised transformer as SD3; unused weights: {sorted(rest)[:8]}")
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
     targets = _targets(weights)
-    mark = torch.tensor(list(json.dumps(_LAYER).encode()), dtype=torch.uint8)
     for key in filter(lambda key: key.endswith(SCALE), weights):
-        target = targets[key.removesuffix(SCALE)]
-        found[target + SCALE] = weights[key]
-        found[f"{target.removesuffix('.weight')}.comfy_quant"] = mark
+        target, start = targets[key.removesuffix(SCALE)]
+        parts.setdefault(target, []).append((start, weights[key]))
+    for target, scales in parts.items():
+        found[target + SCALE] = join([scale for _, scale in sorted(scales, key=lambda part: part[0])])
+        mark = json.dumps(layer(found[target])).encode()
+        found[f"{target.removesuffix('.weight')}.comfy_quant"] = torch.tensor(list(mark), dtype=torch.uint8)
     return found
 
 
-def _targets(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """The host's key of each weight; those of query, key and value share one."""
+def _targets(weights: Mapping[str, Tensor]) -> dict[str, tuple[str, int]]:
+    """The host's key of each weight, and the first row it has there; query, key and value share a matrix."""
     heads = weights["pos_embed.proj.weight"].shape[0] // 64
     blocks = comfy.model_detection.count_blocks(weights, "transformer_blocks.{}.")
     names = comfy.utils.mmdit_to_diffusers({"depth": heads, "num_blocks": blocks})
-    return {name: target if isinstance(target, str) else target[0] for name, target in names.items()}
+    return {name: _place(target) for name, target in names.items()}
+
+
+def _place(target: Any) -> tuple[str, int]:
+    if isinstance(target, str):
+        return target, 0
+    key, offset, *_ = target
+    return key, offset[1] if offset else 0
 
 
 def _is_folded(key: str) -> bool:

@@ -49,7 +49,9 @@ def build_model(bundle: Bundle, **options: Any) -> Model:
         )
     weights = layers.padded_to_host(bundle.transformer) if bundle.folded else dict(bundle.transformer)
     if bundle.eight_bit:
-        weights = layers.quantised_for_host(weights)
+        weights = layers.float8_for_host(weights)
+    elif bundle.int8:
+        weights = layers.int8_for_host(weights)
     model = comfy.sd.load_diffusion_model_state_dict(weights, **options)
     if model is None or not isinstance(model.model, comfy.model_base.SD3) or weights:
         raise ValueError(f"ComfyUI cannot load this bundle's transformer as SD3; unused weights: {sorted(weights)[:8]}")

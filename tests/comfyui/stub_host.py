@@ -16,8 +16,8 @@ TYPES = {
 }  # fmt: skip
 _NEEDED = (
     "comfy", "comfy.lora", "comfy.model_base", "comfy.model_detection", "comfy.model_management", "comfy.model_patcher",
-    "comfy.ops", "comfy.patcher_extension", "comfy.samplers", "comfy.sd", "comfy.taesd", "comfy.taesd.taesd", "comfy.utils",
-    "comfy_api", "latent_preview", "folder_paths",
+    "comfy.ops", "comfy.patcher_extension", "comfy.quant_ops", "comfy.samplers", "comfy.sd", "comfy.taesd",
+    "comfy.taesd.taesd", "comfy.utils", "comfy_api", "latent_preview", "folder_paths",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from tsdsr_core.vae.execute import kernels_of, run
 from tsdsr_core.vae.passes import NVIDIA, Kernels
 from tsdsr_core.vae.plan import PLACES, plan_places
 from tsdsr_core.vae.program import decoder_program, encoder_program
-from tsdsr_core.weights import float8
+from tsdsr_core.weights import float8, int8
 from tsdsr_core.weights.lora import Lora, LoraPair, merge_lora
 from tsdsr_core.weights.prompt import PromptEmbeds
 
@@ -207,14 +207,15 @@ def test_merging_loras_from_host_memory(mode):
 
 
 @pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize("in_8_bits", [False, True])
-def test_bundles(mode, folded, in_8_bits):
+@pytest.mark.parametrize("quantised", [None, "float8", "int8"])
+def test_bundles(mode, folded, quantised):
     """Made from a model on the device and loaded onto it again."""
     model = model_on(mode)
     if folded:
         fold(model.transformer, model.prompt.pooled)
-    bundle = merged_bundle(model.transformer, model.vae, model.prompt, torch.float16, {}, {}, in_8_bits)
-    assert bundle.eight_bit == any(weight.dtype == float8.STORED for weight in bundle.transformer.values())
+    bundle = merged_bundle(model.transformer, model.vae, model.prompt, torch.float16, {}, {}, quantised)
+    types = {weight.dtype for weight in bundle.transformer.values()}
+    assert (bundle.eight_bit, bundle.int8) == (float8.STORED in types, int8.STORED in types)
     loaded = model_from_bundle(bundle, mode.device, torch.float16)
     assert everywhere(loaded.transformer) == everywhere(loaded.vae) == {mode.device.type}
     result = restore(picture(mode.device), loaded.restorer(), QUICK)

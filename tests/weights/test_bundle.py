@@ -128,7 +128,7 @@ def rewrite(source, target, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=4), "version 4, this program reads up to version 3: update"),
+        (lambda d: d.update(version=5), "version 5, this program reads up to version 4: update"),
         (lambda d: d.update(version="new"), "no version"),
         (lambda d: d.update(kind="zip"), "kind 'zip'"),
         (lambda d: d.pop("vae_config"), "vae_config is missing"),

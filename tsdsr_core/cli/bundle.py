@@ -21,7 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the .safetensors file to write")
     parser.add_argument("--merge", action="store_true", help="store the whole model with merged LoRAs; needs --model")
     parser.add_argument("--fold", action="store_true", help="with --merge: a third smaller, for this prompt only")
-    parser.add_argument("--eight-bit", action="store_true", help="with --merge: store the transformer's matrices in 8 bits")
+    quantised = parser.add_mutually_exclusive_group()
+    quantised.add_argument(
+        "--eight-bit", dest="quantised", action="store_const", const="float8",
+        help="with --merge: store the transformer's matrices in 8 bits, as float8_e4m3fn",
+    )  # fmt: skip
+    quantised.add_argument(
+        "--int8", dest="quantised", action="store_const", const="int8",
+        help="with --merge: store them as rotated int8, which ComfyUI from 0.27 on multiplies in int8 on GPUs that can",
+    )  # fmt: skip
     add_source_arguments(parser, default_model="")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="number type to store; a merged VAE is never bf16")
     parser.add_argument("--note", action="append", default=[], metavar="KEY=TEXT", help="text to store, such as license=...")
@@ -37,8 +45,9 @@ def run(options: argparse.Namespace) -> int:
     notes = _notes(options.note)
     if options.fold and not options.merge:
         raise InputError("--fold needs --merge: LoRAs must be merged before folding")
-    if options.eight_bit and not options.merge:
-        raise InputError("--eight-bit needs --merge: LoRAs must be merged before rounding to 8 bits")
+    if options.quantised and not options.merge:
+        name = "--int8" if options.quantised == "int8" else "--eight-bit"
+        raise InputError(f"{name} needs --merge: LoRAs must be merged before rounding to 8 bits")
     bundle = _merged(options, dtype, notes) if options.merge else _loras(options, dtype, notes)
     write_bundle(options.output, bundle)
     print(f"{options.output}  {bundle.kind} bundle, {options.output.stat().st_size / 1e6:.1f} MB")
@@ -48,14 +57,14 @@ def run(options: argparse.Namespace) -> int:
 def _merged(options: argparse.Namespace, dtype: torch.dtype, notes: dict[str, str]) -> Bundle:
     if not options.model:
         raise InputError("--merge needs --model: the SD3 folder to merge the LoRAs into")
-    if not Path(options.model).is_dir() and not (options.fold or options.eight_bit):
+    if not Path(options.model).is_dir() and not (options.fold or options.quantised):
         raise InputError(f"--model {options.model}: expected an SD3 folder; the built-in model and bundles are merged already")
     model = load_model(options, torch.device("cpu"), torch.float32)
     if options.fold:
         if isinstance(model.transformer.time_text_embed, FoldedEmbedding):
             raise InputError(f"--model {options.model} is folded already")
         fold(model.transformer, model.prompt.pooled)
-    return merged_bundle(model.transformer, model.vae, model.prompt, dtype, model.defaults, notes, options.eight_bit)
+    return merged_bundle(model.transformer, model.vae, model.prompt, dtype, model.defaults, notes, options.quantised)
 
 
 def _loras(options: argparse.Namespace, dtype: torch.dtype, notes: dict[str, str]) -> Bundle:

@@ -115,6 +115,8 @@ def _bundle(path: Path, model: Path | None) -> dict[str, Any]:
         facts["checked"] = "weights against the stored configuration"
         if bundle.eight_bit:
             facts["weights"] = "8-bit (float8_e4m3fn) in the transformer's attention and feed-forward layers"
+        if bundle.int8:
+            facts["weights"] = "int8 (rotated, one scale per row) in the transformer's attention and feed-forward layers"
     facts |= {"parameters": count, "size": f"{path.stat().st_size / 1e6:.1f} MB"}
     facts |= {"tokens": tuple(bundle.prompt.tokens.shape), "pooled": tuple(bundle.prompt.pooled.shape)}
     return facts | {"defaults": dict(bundle.defaults), "notes": dict(bundle.notes)}

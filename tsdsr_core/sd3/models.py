@@ -21,7 +21,7 @@ from ..system.precision import fits, half_dtype, run_half
 from ..tiles.memory import TileMemory, tile_bytes
 from ..vae.execute import check_memory, plan_and_run
 from ..vae.program import decoder_program, encoder_program, in_windows
-from ..weights import float8
+from ..weights import float8, int8
 from ..weights.bundle import BUILTIN, Bundle, read_bundle, vae_weights
 from ..weights.bundle_header import WRONG_KIND
 from ..weights.lora import Lora, check_fit, merge_lora, weight_shapes
@@ -213,14 +213,14 @@ def load_folder(
 
 
 def model_from_bundle(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> DiffusersModel:
-    """Build the model of a merged bundle; 8-bit weights are expanded to ``dtype``.
+    """Build the model of a merged bundle; 8-bit and int8 weights are expanded to ``dtype``.
 
     Raises:
         InputError: for a LoRA bundle, or weights that do not match the stored configuration.
     """
     if bundle.kind != "merged":
         raise InputError(WRONG_KIND["merged"])
-    weights = float8.dequantise(bundle.transformer, dtype) if bundle.eight_bit else bundle.transformer
+    weights = bundle.transformer_weights(dtype)
     transformer = _from_weights("transformer", bundle.configs["transformer"], weights, bundle.folded)
     vae = _from_weights("vae", bundle.configs["vae"], bundle.vae)
     return DiffusersModel(transformer, vae, bundle.prompt, device, dtype, bundle.defaults)
@@ -255,7 +255,7 @@ def load_builtin(device: torch.device, dtype: torch.dtype) -> DiffusersModel:
 
 def merged_bundle(
     transformer: Any, vae: Any, prompt: PromptEmbeds, dtype: torch.dtype, defaults: Mapping[str, Any], notes: Mapping[str, str],
-    in_8_bits: bool = False,
+    quantised: Literal["float8", "int8"] | None = None,
 ) -> Bundle:  # fmt: skip
     """Make a self-contained bundle of a diffusers transformer, folded or not, and an autoencoder.
 
@@ -263,17 +263,19 @@ def merged_bundle(
         dtype: type of the stored weights; the VAE's are stored as ``vae_weights`` says.
         defaults: recommended options.
         notes: free text to store.
-        in_8_bits: whether to store the transformer's matrices in 8 bits (``float8.quantise``); never the VAE's, which would
-            lose the small change made by the encoder LoRA.
+        quantised: what to store the transformer's matrices as, ``float8.quantise`` or ``int8.quantise``, if not in ``dtype``;
+            never the VAE's, which would lose the small change made by the encoder LoRA.
     """
     parts = {"transformer": transformer, "vae": vae}
     weights = {name: part.state_dict() for name, part in parts.items()}
-    stored = float8.quantise(weights["transformer"], dtype) if in_8_bits else _cast(weights["transformer"], dtype)
+    store = {"float8": float8.quantise, "int8": int8.quantise, None: _cast}[quantised]
     configs = {name: {k: v for k, v in part.config.items() if not k.startswith("_")} for name, part in parts.items()}
     prompt = prompt.to("cpu", dtype)
     folded = isinstance(transformer.time_text_embed, FoldedEmbedding)
-    vae_stored = vae_weights(weights["vae"], dtype)
-    return Bundle("merged", prompt, stored, vae_stored, configs, defaults, notes, folded=folded, eight_bit=in_8_bits)
+    return Bundle(
+        "merged", prompt, store(weights["transformer"], dtype), vae_weights(weights["vae"], dtype), configs, defaults, notes,
+        folded=folded, eight_bit=quantised == "float8", int8=quantised == "int8",
+    )  # fmt: skip
 
 
 def _from_weights(part: str, config: Mapping[str, Any], weights: Mapping[str, Tensor], folded: bool = False) -> Any:

@@ -1,1 +1,1 @@
-"""Weight files and state dicts: LoRAs, bundles, prompt embeddings, 8-bit weights and names of VAE weights; no model library."""
+"""Weight files and state dicts: LoRAs, bundles, prompt embeddings, 8-bit and int8 weights, names of VAE weights."""

@@ -1,13 +1,13 @@
 """Bundles: a restorer in one safetensors file, with LoRAs or merged weights, prompt embeddings and JSON metadata.
 
-The format has version 1, or 2 with a folded transformer, or 3 with 8-bit weights.  The metadata entry ``tsdsr_bundle``
-holds JSON: ``version``, ``kind``, ``defaults`` (recommended options), ``notes`` and, for merged weights,
+The format has version 1, or 2 with a folded transformer, 3 with 8-bit weights, or 4 with int8 weights.  The metadata entry
+``tsdsr_bundle`` holds JSON: ``version``, ``kind``, ``defaults`` (recommended options), ``notes`` and, for merged weights,
 ``transformer_config`` and ``vae_config`` in diffusers' terms; optionally ``preview`` (colours of latent channels),
-``folded`` and ``eight_bit``.  Tensors: ``prompt_embeds``, ``pooled_prompt_embeds`` and, depending on the kind,
+``folded``, and ``eight_bit`` or ``int8``.  Tensors: ``prompt_embeds``, ``pooled_prompt_embeds`` and, depending on the kind,
 
 - ``lora``: ``transformer.<module>.lora_A.weight`` ... and ``vae.<module>.lora_A.weight`` ...; needs a base model;
 - ``merged``: ``transformer.<weight>`` and ``vae.<weight>`` in diffusers' layout, with ``transformer.<weight>_scale`` for each
-  8-bit weight; needs nothing else.
+  8-bit or int8 weight; needs nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..system.atomic import write_tensors
-from . import float8
+from . import float8, int8
 from .bundle_header import FLAGS, METADATA_KEY, PARTS, WRONG_KIND, is_bundle, read_description
 from .lora import Lora, load_lora, parse_lora
 from .prompt import POOLED_KEY, TOKENS_KEY, PromptEmbeds
@@ -57,6 +57,14 @@ class Bundle:
     """Whether the transformer is folded (``sd3.fold``), so that it works with this prompt only."""
     eight_bit: bool = False
     """Whether the transformer's matrices are stored in 8 bits (``float8.quantise``)."""
+    int8: bool = False
+    """Whether they are stored in int8 (``int8.quantise``); not both."""
+
+    def transformer_weights(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """The transformer's weights without scales: quantised ones in ``dtype``, others as they are stored."""
+        if self.eight_bit:
+            return float8.dequantise(self.transformer, dtype)
+        return int8.dequantise(self.transformer, dtype) if self.int8 else self.transformer
 
     def loras(self) -> tuple[Lora, Lora]:
         """The transformer's and the VAE's LoRA of a ``lora`` bundle.
@@ -110,7 +118,7 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
         OSError: if it cannot be written.
     """
     description = {
-        "version": 3 if bundle.eight_bit else 2 if bundle.folded else 1,
+        "version": 4 if bundle.int8 else 3 if bundle.eight_bit else 2 if bundle.folded else 1,
         "kind": bundle.kind,
         "defaults": dict(bundle.defaults),
         "notes": dict(bundle.notes),
@@ -136,11 +144,13 @@ def read_bundle(path: Path, kind: str | None = None) -> Bundle:
             wrong kind; the message names the file.
     """
     description = read_description(path, kind)
-    groups = _read(path)
+    groups = _read(path, in_int8=description.get("int8", False))
     try:
         prompt = PromptEmbeds(groups[TOKENS_KEY][""], groups[POOLED_KEY][""])
         if description.get("eight_bit"):
             float8.check_scales(groups["transformer"])
+        if description.get("int8"):
+            int8.check_scales(groups["transformer"])
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     configs = {part: description[f"{part}_config"] for part in PARTS} if description["kind"] == "merged" else {}
@@ -155,11 +165,16 @@ def read_bundle(path: Path, kind: str | None = None) -> Bundle:
         description.get("preview", ()),
         description.get("folded", False),
         description.get("eight_bit", False),
+        description.get("int8", False),
     )
 
 
-def _read(path: Path, part: str | None = None) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a bundle, or of one part, as ``{first part of the key: {rest of the key: tensor}}``."""
+def _read(path: Path, part: str | None = None, in_int8: bool = False) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a bundle, or of one part, as ``{first part of the key: {rest of the key: tensor}}``.
+
+    Args:
+        in_int8: whether the transformer may have int8 weights, which ``int8.check_scales`` checks.
+    """
     groups: dict[str, dict[str, Tensor]] = {}
     with open_tensors(path) as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -167,5 +182,6 @@ def _read(path: Path, part: str | None = None) -> dict[str, dict[str, Tensor]]:
             if part in (None, first):
                 groups.setdefault(first, {})[rest] = file.get_tensor(key)
     for first, tensors in groups.items():
-        check_weights(path, {rest or first: tensor for rest, tensor in tensors.items()})
+        stored = int8.STORED if in_int8 and first == "transformer" else None
+        check_weights(path, {rest or first: tensor for rest, tensor in tensors.items() if tensor.dtype != stored})
     return groups

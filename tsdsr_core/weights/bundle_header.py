@@ -14,7 +14,7 @@ from ..image_size import PROCESS_SIZE_RANGE
 from .prompt import POOLED_KEY, TOKENS_KEY
 from .reading import open_tensors, parse_json
 
-VERSION = 3
+VERSION = 4
 METADATA_KEY = "tsdsr_bundle"
 KINDS = ("lora", "merged")
 WRONG_KIND = {
@@ -24,7 +24,7 @@ WRONG_KIND = {
 """Messages by the kind that was expected."""
 DEFAULTS = {"process_size": PROCESS_SIZE_RANGE, "wavelet_levels": WAVELET_LEVELS_RANGE}
 """Options that a bundle may set, all whole numbers, and their ranges."""
-FLAGS = ("folded", "eight_bit")
+FLAGS = ("folded", "eight_bit", "int8")
 """Boolean entries that bundles of merged weights may have."""
 PARTS = ("transformer", "vae")
 _SIZES = {
@@ -119,6 +119,8 @@ def _check(description: Mapping[str, Any]) -> None:
         value = description.get(name, False)
         if type(value) is not bool or (value and kind != "merged"):
             raise InputError(f"{name} = {value!r} in a bundle of kind {kind}")
+    if description.get("eight_bit") and description.get("int8"):
+        raise InputError("eight_bit and int8 exclude each other")
     if kind == "merged":
         for part in PARTS:
             try:

@@ -15,6 +15,7 @@ import latent_preview
 import torch
 
 from .bad_values import BadValues, Disc, Value
+from .int8_models import Int8Products, MultipliesInt8, Velocity
 
 
 class OddImage:
@@ -313,6 +314,9 @@ NODE_CLASS_MAPPINGS = {
     "TestDifference": Difference,
     "TestWeights": Weights,
     "TestRebuilt": Rebuilt,
+    "TestInt8Products": Int8Products,
+    "TestMultipliesInt8": MultipliesInt8,
+    "TestVelocity": Velocity,
     "TestCensus": Census,
     "TestPrompt": Prompt,
     "TestBadValues": BadValues,

@@ -27,7 +27,7 @@ def write(host, model, name, folded):
         fold(model.transformer, model.prompt.pooled)
     path = host.base / "models" / "tsdsr" / f"{name}.safetensors"
     defaults = {"process_size": 0, "wavelet_levels": 5}
-    write_bundle(path, merged_bundle(model.transformer, model.vae, model.prompt, torch.float16, defaults, {}, True))
+    write_bundle(path, merged_bundle(model.transformer, model.vae, model.prompt, torch.float16, defaults, {}, "float8"))
     return path
 
 

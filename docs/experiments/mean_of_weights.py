@@ -1,4 +1,4 @@
-"""The weighted mean of two models of one training, as a bundle: between a soft and a sharp result.
+"""The weighted mean of two models of one training, as a bundle: between a soft and a sharp result, or beyond (a share above 1).
 
     python docs/experiments/mean_of_weights.py FIRST.safetensors SECOND.safetensors 0.8 -o MEAN.safetensors
 

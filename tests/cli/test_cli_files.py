@@ -222,6 +222,15 @@ def test_an_evaluation_set_is_made_of_the_good_images(tmp_path):
     assert [path.name for path in (tmp_path / "out" / "lq-light").iterdir()] == ["1.png"]
 
 
+def test_an_evaluation_set_overwrites_no_photograph(tmp_path, capsys):
+    write_picture(tmp_path / "hq" / "0.png", Picture(photo(520, 512)))
+    before = (tmp_path / "hq" / "0.png").read_bytes()
+    assert main(["train", "evalset", str(tmp_path / "hq"), "--out", str(tmp_path)]) == 2
+    assert "hq/0.png would overwrite a photograph: choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "hq" / "0.png").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["hq"]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_text_files_with_a_byte_order_mark_are_read(encoding, tmp_path):
     (tmp_path / "c.toml").write_bytes('stage = "student"\r\n[run]\r\nsteps = 7 # ü\r\n'.encode(encoding))

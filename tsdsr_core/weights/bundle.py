@@ -57,6 +57,8 @@ class Bundle:
     """Whether the transformer is folded (``sd3.fold``), so that it works with this prompt only."""
     eight_bit: bool = False
     """Whether the transformer's matrices are stored in 8 bits (``float8.quantise``)."""
+    source: str = field(default="the bundle", compare=False)
+    """The file that it was read from, for messages."""
 
     def loras(self) -> tuple[Lora, Lora]:
         """The transformer's and the VAE's LoRA of a ``lora`` bundle.
@@ -155,6 +157,7 @@ def read_bundle(path: Path, kind: str | None = None) -> Bundle:
         description.get("preview", ()),
         description.get("folded", False),
         description.get("eight_bit", False),
+        str(path),
     )
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -49,20 +50,33 @@ def odd(tmp_path) -> Path:
     return tmp_path / "in"
 
 
+def cut_tiff(path: Path) -> None:
+    """A damaged TIFF of 16 bits, which OpenCV reads."""
+    array = (photo(32, 32)[0].permute(1, 2, 0).numpy() * 65535).astype(np.uint16)
+    data = cv2.imencode(".tif", array, [cv2.IMWRITE_TIFF_COMPRESSION, 5])[1].tobytes()
+    path.write_bytes(data[:1000] + bytes(200) + data[1200:])
+
+
 @pytest.mark.linux
 def test_names_that_the_output_cannot_encode_are_shown_escaped(odd, tmp_path):
     (odd / os.fsdecode(b"bad \xfd.png")).write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    cut_tiff(odd / "cut.tif")
     out = tmp_path / "out"
     done = run("-m", "tsdsr_core", "upscale", str(odd), "-o", str(out), "--scale", "1", PYTHONIOENCODING="cp1252")
     assert done.returncode == 1, "for the damaged one"
     shown = sorted(line.removeprefix(f"{out}/").partition("  8x")[0] for line in done.stdout.decode("cp1252").splitlines())
     assert shown == sorted(ODD.values()), "one line for each"
-    (error,) = done.stderr.decode("cp1252").splitlines()
-    assert "bad \\udcfd.png cannot be read as an image" in error
+    errors = done.stderr.decode("cp1252").splitlines()
+    assert len(errors) == 2, "image libraries say nothing of their own"
+    for name, error in zip(
+        ("bad \\udcfd.png cannot be read as an image", "cut.tif has 16 bits per channel"), errors, strict=True
+    ):
+        assert name in error
     assert sorted(path.name for path in out.iterdir()) == sorted(ODD)
     assert all(read_picture(path).deep == ("raw" in path.name) for path in out.iterdir())
     shutil.rmtree(out)
     (odd / os.fsdecode(b"bad \xfd.png")).unlink()
+    (odd / "cut.tif").unlink()
     done = run("-m", "tsdsr_core", "upscale", str(odd), "-o", str(out), "--scale", "1", "--json", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, b"")
     files = json.loads(done.stdout)["files"]
@@ -206,6 +220,15 @@ def test_an_evaluation_set_is_made_of_the_good_images(tmp_path):
     assert "0.bmp" in str(caught.value)
     assert "page.png cannot be read as an image: its content is a web page" in str(caught.value)
     assert [path.name for path in (tmp_path / "out" / "lq-light").iterdir()] == ["1.png"]
+
+
+def test_an_evaluation_set_overwrites_no_photograph(tmp_path, capsys):
+    write_picture(tmp_path / "hq" / "0.png", Picture(photo(520, 512)))
+    before = (tmp_path / "hq" / "0.png").read_bytes()
+    assert main(["train", "evalset", str(tmp_path / "hq"), "--out", str(tmp_path)]) == 2
+    assert "hq/0.png would overwrite a photograph: choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "hq" / "0.png").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["hq"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

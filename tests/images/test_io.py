@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import struct
 import zlib
 
@@ -239,6 +240,24 @@ def test_16_bits_into_8_are_said(tmp_path, caplog):
     assert not read_picture(tmp_path / "x.jpg").deep
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_preview_in_a_tiff_is_no_page(dtype, tmp_path):
+    """As GIMP and scanners add."""
+    array = noise(24, 32, 3, dtype)
+    for name, kinds in (("preview", (1,)), ("pyramid", (1, 1)), ("pages", (0,)), ("both", (1, 0))):
+        with tifffile.TiffWriter(tmp_path / f"{name}.tif") as tiff:
+            tiff.write(array, photometric="rgb", metadata=None)
+            for kind in kinds:
+                tiff.write(array[::4, ::4], photometric="rgb", metadata=None, subfiletype=kind)
+        if 0 in kinds:
+            with pytest.raises(ValueError, match=rf"{name}\.tif is animated or has several pages"):
+                read_picture(tmp_path / f"{name}.tif")
+        else:
+            picture, full = read_picture(tmp_path / f"{name}.tif"), np.iinfo(dtype).max
+            assert np.array_equal(pixels(picture, full), array)
+            assert read_header(tmp_path / f"{name}.tif") == Header(24, 32, False)
+
+
 @pytest.mark.parametrize(("name", "options"), [("a.webp", {}), ("a.png", {}), ("a.tif", {})])
 def test_animated_and_multi_page_files_are_refused_by_name(name, options, tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
@@ -265,6 +284,24 @@ def test_damaged_files_are_named(suffix, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}{suffix}"):
             read_picture(path)
+
+
+@pytest.mark.parametrize("tag", [256, 258, 262, 277])
+def test_a_damaged_tiff_is_named_in_words(tag, tmp_path):
+    """A tag with two values where one belongs: decoders fail on the pair."""
+    file = io.BytesIO()
+    Image.fromarray(noise(24, 24, 3)).save(file, "TIFF", compression="tiff_lzw")
+    data = bytearray(file.getvalue())
+    (directory,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, directory)
+    entry = next(
+        at for at in range(directory + 2, directory + 2 + 12 * count, 12) if data[at : at + 2] == struct.pack("<H", tag)
+    )
+    struct.pack_into("<HII", data, entry + 2, 4, 2, 8)
+    (tmp_path / "x.tif").write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.tif") as caught:
+        read_picture(tmp_path / "x.tif")
+    assert not re.search(r"tuple|int\(\)|Error", str(caught.value))
 
 
 @pytest.mark.filterwarnings("ignore")

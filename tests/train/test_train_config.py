@@ -27,9 +27,12 @@ from tsdsr_core.train.config_file import from_dict, read_config
         ("[data]\npresets = {light = 0}", "data.presets"),
         ("[data]\npresets = {light = -1.0}", "data.presets"),
         ('[data]\npresets = {light = "much"}', "data.presets"),
+        ("[data]\npresets = {light = inf}", "data.presets"),
         ("[data]\ncontrast = 0.5", "data.contrast = 0.5: expected a number of at least 1"),
         ("[optimiser]\nlearning_rate = 0.0", "optimiser.learning_rate = 0.0: expected a number above 0"),
         ("[optimiser]\nclip_norm = nan", "optimiser.clip_norm = nan"),
+        ("[run]\nseed = 9223372036854775808", r"run.seed = 9223372036854775808: expected a whole number from -2\^63"),
+        ("[optimiser]\nbeta2 = 1.0", "optimiser.beta2 = 1.0: expected a number from 0 to below 1"),
         ("[objective]\nname = 'gan'", "objective.name = 'gan': expected one of supervised, vsd, tsd"),
         ("[objective]\ntrajectory_steps = 30", "a trajectory of 30 steps, 50 indices apart, does not fit"),
         ("[objective]\nlast_index = 1000", "objective.last_index = 1000: expected less than 1000"),
@@ -57,6 +60,8 @@ from tsdsr_core.train.config_file import from_dict, read_config
         ("[pretrain]\nflat_weight = -1.0", "pretrain.flat_weight = -1.0: expected a number of at least 0"),
         ("[pretrain]\ngrid_weight = -1.0", "pretrain.grid_weight = -1.0: expected a number of at least 0"),
         ("steps =", "cannot be read as a TOML file"),
+        ("steps = " + "[" * 5000, "cannot be read as a TOML file"),
+        ("steps = " + "9" * 5000, "cannot be read as a TOML file"),
     ],
 )
 def test_what_cannot_be_trained_with_is_named(text, message, tmp_path):
@@ -77,7 +82,8 @@ def test_settings_are_changed_by_name():
     config = override(Config(), ["run.steps=5", "stage=teacher", "optimiser.learning_rate=1e-3", 'data.presets={"light": 1.0}'])
     assert (config.run.steps, config.stage, config.optimiser.learning_rate) == (5, "teacher", 1e-3)
     assert config.data.presets == {"light": 1.0}
-    for change, message in (("run.steps", "expected TABLE.KEY=VALUE"), ("a.b.c=1", "expected TABLE"), ("run.x=1", "run.x")):
+    for change, message in (("run.steps", "expected TABLE.KEY=VALUE"), ("a.b.c=1", "expected TABLE"), ("run.x=1", "run.x"),
+                            ("run.steps=" + "[" * 99999, "run.steps"), ("run.steps=" + "9" * 5000, "run.steps")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             override(Config(), [change])
 

@@ -6,6 +6,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tsdsr_core.cli import main
 from tsdsr_core.pipeline import Options, restore
 from tsdsr_core.sd3.models import load_folder, merged_bundle, model_from_bundle
 from tsdsr_core.weights.bundle import METADATA_KEY, Bundle, is_bundle, read_bundle, read_description, vae_weights, write_bundle
@@ -153,7 +154,22 @@ def test_foreign_metadata_is_refused(change, message, merged, tmp_path):
 )
 def test_weights_that_do_not_match_the_configuration_are_refused(change, merged, tmp_path):
     rewrite(merged[1], tmp_path / "b.safetensors", change)
-    with pytest.raises(ValueError, match="does not match its configuration"):
+    with pytest.raises(ValueError, match=r"b\.safetensors.* does not match its configuration: [^\n]+$"):
+        model_from_bundle(read_bundle(tmp_path / "b.safetensors"), CPU, torch.float32)
+
+
+def test_info_shows_notes_escaped(merged, tmp_path, capsys):
+    rewrite(merged[1], tmp_path / "b.safetensors", lambda d: d["notes"].update(a="\x1b[2J\nfits False"))
+    assert main(["info", str(tmp_path / "b.safetensors")]) == 0
+    assert "a \\x1b[2J\\nfits False" in capsys.readouterr().out
+
+
+def test_a_bundle_with_foreign_embeddings_is_named(merged, tmp_path):
+    tensors = load_file(merged[1])
+    tensors["prompt_embeds"] = tensors["prompt_embeds"][..., 1:].contiguous()
+    with safe_open(merged[1], framework="pt") as file:
+        save_file(tensors, tmp_path / "b.safetensors", file.metadata())
+    with pytest.raises(ValueError, match=r"b\.safetensors: prompt embeddings of widths \(23, 20\) do not fit"):
         model_from_bundle(read_bundle(tmp_path / "b.safetensors"), CPU, torch.float32)
 
 

@@ -86,6 +86,11 @@ def test_the_known_prefixes_are_understood(prefix):
     assert list(parse_lora(tensors).pairs) == ["encoder.conv_in"]
 
 
+def test_the_name_of_peft_s_adapter_is_understood():
+    tensors = {f"base_model.model.proj_out.lora_{x}.default.weight": torch.ones(1, 1) for x in "AB"}
+    assert list(parse_lora(tensors).pairs) == ["proj_out"]
+
+
 def test_a_state_dict_round_trip_keeps_alpha():
     tensors = {"a.lora_A.weight": torch.randn(2, 3), "a.lora_B.weight": torch.randn(4, 2), "a.alpha": torch.tensor(1.0)}
     again = parse_lora(parse_lora(tensors).state_dict())

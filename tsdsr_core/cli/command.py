@@ -1,7 +1,8 @@
 """The command ``tsdsr``: finds and runs the subcommand, and turns errors into messages and exit codes.
 
-Exit codes: 0 done; 1 some inputs failed, memory ran out or a training diverged; 2 the command cannot be carried out as
-given; 130 interrupted.  A bug shows its traceback, with exit code 1.
+Exit codes: 0 done; 1 some inputs failed, memory ran out, a training diverged or standard output cannot be written; 2 the
+command cannot be carried out as given; 128 and the signal's number where one ended it: 129, 130, 141 or 143.  A bug shows
+its traceback, with exit code 1.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import argparse
 import importlib
 import io
 import logging
+import os
+import signal
 import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..errors import InputError, installation
@@ -36,15 +40,66 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as for standard error: file names may have any bytes
+    if arguments is None:
+        _end_by_exception()
     try:
-        return _run(sys.argv[1:] if arguments is None else arguments, alone=arguments is None)
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments, alone=arguments is None)
+        finally:
+            _flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # of standard output: its reader, such as ``head``, has all that it wanted
+        _drop_output()
+        return 141
+    except _OutputError as error:
+        _drop_output()
+        print(f"standard output could not be written: {error}", file=sys.stderr)
+        return 1
+
+
+def _end_by_exception() -> None:
+    """Let the signals of ``timeout``, job schedulers and closed terminals remove what is half-written, as Ctrl-C does."""
+
+    def end(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores it
+            signal.signal(number, end)
+
+
+class _OutputError(Exception):
+    """Standard output cannot be written, for the reason in the message."""
+
+
+def _flush() -> None:
+    """Write what standard output holds back: its errors would come after the exit code."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        from ..system.atomic import reason
+
+        raise _OutputError(reason(error)) from error
+
+
+def _drop_output() -> None:
+    """Let what standard output still holds back go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str], alone: bool) -> int:
     """``alone``: whether this process runs nothing else."""
+    if "" in arguments:
+        print("tsdsr: error: an argument is empty: is a variable of the script not set?", file=sys.stderr)
+        return 2
+    if alone:  # OpenCV reads it on import
+        os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     parser = argparse.ArgumentParser(prog="tsdsr", description="One-step restoration and enlargement of photographs.")
     parser.add_argument("--version", action="version", version=f"tsdsr {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -76,6 +131,8 @@ def _run(arguments: list[str], alone: bool) -> int:
             raise
         _show_trace(options.debug)
         return _not_installed(options.command, error)
+    except BrokenPipeError:
+        raise
     except (InputError, OSError, FloatingPointError) as error:
         _show_trace(options.debug)
         print(f"tsdsr {options.command}: error: {_message(error)}", file=sys.stderr)
@@ -128,8 +185,8 @@ def _message(error: Exception) -> str:
     """The message of an error on one line."""
     from ..system.atomic import one_line, reason
 
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return one_line(f"{error.filename}: {reason(error)}")
+    if isinstance(error, OSError) and error.errno is not None:
+        return one_line(reason(error) if error.filename is None else f"{error.filename}: {reason(error)}")
     return one_line(str(error))
 
 

@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..sd3.config import POOLED_SHAPE, TOKENS_SHAPE, model_shapes
 from ..sd3.folder import check_folder, folder_shapes
 from ..sd3.models import model_from_bundle
+from ..system.atomic import one_line
 from ..weights import float8
 from ..weights.bundle import is_bundle, read_bundle
 from ..weights.lora import TRANSFORMER_FILE, VAE_FILE, Lora, check_fit, load_lora
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         for name, value in facts.items():
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-            print(f"{name:12} {text}")
+            print(one_line(f"{name:12} {text}"))  # notes of a downloaded file may hold a terminal's commands
     return int(facts.get("fits") is False)
 
 

@@ -6,7 +6,6 @@ tsdsr train CONFIG.toml runs one stage of training; with accelerate launch, the 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -39,6 +38,7 @@ from ..train.objectives.perceptual import check_distance
 from ..train.trainers import PretrainTrainer, StudentTrainer, TeacherTrainer, Trainer
 from ..train.validation import Pair, load_pairs, references, validate
 from ..weights.bundle import bundle_path
+from ..weights.reading import parse_json
 from . import prepare
 
 log = logging.getLogger(__name__)
@@ -229,8 +229,8 @@ def override(config: Config, changes: list[str]) -> Config:
         if not separator or len(tables) > 1:
             raise InputError(f"--set {change}: expected TABLE.KEY=VALUE, such as run.steps=1000")
         try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
+            value = parse_json(text)
+        except ValueError:
             value = text
         target = values.setdefault(tables[0], {}) if tables else values
         if not isinstance(target, dict):

@@ -34,6 +34,8 @@ _GREY = {"1", "L", "LA", "La", "I", "F"}
 """Pillow's greyscale modes, in addition to those that start with "I;"."""
 _LONGEST = {"JPEG": 65500, "WEBP": 16383, "AVIF": 32768}
 """Maximum side in pixels, by format."""
+_SPEECHLESS = (UnidentifiedImageError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RecursionError)
+"""Errors of decoders that tell nothing of the file, such as "int() argument must be a string"."""
 _START = 4096
 """Bytes of a file by which its format is recognised."""
 
@@ -134,7 +136,7 @@ def _named(path: Path, error: Exception) -> InputError:
         return InputError(f"{path} {error}")
     if isinstance(error, Image.DecompressionBombError) and Image.MAX_IMAGE_PIXELS:
         return InputError(f"{path} has too many pixels: expected at most {2 * Image.MAX_IMAGE_PIXELS}")
-    why = "it is damaged, or its format is not supported" if isinstance(error, UnidentifiedImageError) else reason(error)
+    why = "it is damaged, or its format is not supported" if isinstance(error, _SPEECHLESS) else reason(error)
     return InputError(f"{path} cannot be read as an image: {why}")
 
 

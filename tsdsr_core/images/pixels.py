@@ -62,7 +62,8 @@ def decode(data: bytes, kind: str) -> Decoded:
         return Decoded(tiff.array, tiff.parts, tiff.orientation)
     pixels, parts = split(data, kind)
     with _opened(data if pixels is None else pixels, kind, parts) as image:
-        if getattr(image, "n_frames", 1) > 1 and image.format not in _PHONES:
+        frames = getattr(image, "n_frames", 1) if image.format not in _PHONES else 1
+        if frames > 1 and not (kind == "TIFF" and sixteen_bit.count_pages(data) == 1):
             raise RefusedError("is animated or has several pages: give single images")
         _check_depth(image)
         image.load()

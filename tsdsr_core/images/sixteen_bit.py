@@ -62,7 +62,7 @@ def _deep_page(tiff: tifffile.TiffFile) -> TiffPage | None:
     page = tiff.pages.first
     assert isinstance(page, TiffPage)
     bits = page.bitspersample
-    if len(tiff.pages) > 1 or (isinstance(bits, int) and bits <= 8 and page.sampleformat == SAMPLEFORMAT.UINT):
+    if _pages(tiff) > 1 or (isinstance(bits, int) and bits <= 8 and page.sampleformat == SAMPLEFORMAT.UINT):
         return None
     if isinstance(bits, tuple) and max(bits) <= 8:
         return None
@@ -73,11 +73,22 @@ def _deep_page(tiff: tifffile.TiffFile) -> TiffPage | None:
     return page
 
 
+def count_pages(data: bytes) -> int:
+    """Number of images in a TIFF, without the small copies of the first one that some programs add as its preview."""
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        return _pages(tiff)
+
+
+def _pages(tiff: tifffile.TiffFile) -> int:
+    return 1 + sum(not (isinstance(page, TiffPage) and page.is_reduced) for page in list(tiff.pages)[1:])
+
+
 def _check_layout(page: TiffPage) -> None:
     bits, kind = page.bitspersample, page.sampleformat
     names = {int(SAMPLEFORMAT.INT): " (signed)", int(SAMPLEFORMAT.IEEEFP): " (floating point)"}
     if kind != SAMPLEFORMAT.UINT or bits not in (16, *_PACKED):
-        raise RefusedError(f"has {bits} bits per channel{names.get(kind, '')}: expected 8 or 16; save it with one of them")
+        expected = "expected 8 or 16, as whole numbers without sign; save it so"
+        raise RefusedError(f"has {bits} bits per channel{names.get(kind, '')}: {expected}")
     if page.photometric not in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB):
         colours = getattr(page.photometric, "name", page.photometric)
         raise RefusedError(f"has {bits} bits per channel in the colour space {colours}: save it as RGB or grey")

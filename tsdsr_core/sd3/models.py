@@ -221,9 +221,12 @@ def model_from_bundle(bundle: Bundle, device: torch.device, dtype: torch.dtype) 
     if bundle.kind != "merged":
         raise InputError(WRONG_KIND["merged"])
     weights = bundle.transformer_weights(dtype)
-    transformer = _from_weights("transformer", bundle.configs["transformer"], weights, bundle.folded)
-    vae = _from_weights("vae", bundle.configs["vae"], bundle.vae)
-    return DiffusersModel(transformer, vae, bundle.prompt, device, dtype, bundle.defaults)
+    try:
+        transformer = _from_weights("transformer", bundle.configs["transformer"], weights, bundle.folded)
+        vae = _from_weights("vae", bundle.configs["vae"], bundle.vae)
+        return DiffusersModel(transformer, vae, bundle.prompt, device, dtype, bundle.defaults)
+    except InputError as error:
+        raise InputError(f"{bundle.source}: {error}") from error
 
 
 def load_vae(path: Path) -> Any:
@@ -236,7 +239,10 @@ def load_vae(path: Path) -> Any:
         vae = load_part(path, "vae", torch.float32)
     else:
         bundle = read_bundle(path, "merged")
-        vae = _from_weights("vae", bundle.configs["vae"], bundle.vae)
+        try:
+            vae = _from_weights("vae", bundle.configs["vae"], bundle.vae)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
     _move(vae, torch.device("cpu"), torch.float32)
     return vae.requires_grad_(False).eval()
 
@@ -286,7 +292,8 @@ def _from_weights(part: str, config: Mapping[str, Any], weights: Mapping[str, Te
             fold_structure(model)
         model.load_state_dict(weights, strict=True, assign=True)
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"the bundle's {part} does not match its configuration: {error}") from error
+        said = " ".join(str(error).split())  # torch lists the weights on lines of their own
+        raise InputError(f"the {part} does not match its configuration: {said}") from error
     return model
 
 

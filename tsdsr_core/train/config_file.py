@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..flow import SCHEDULE_STEPS
+from ..system.atomic import reason
 from ..weights.bundle_header import DEFAULTS
 from .config import CHOICES, Config, DataSettings
 from .data.degradations import PRESET_NAMES
@@ -28,8 +29,8 @@ def read_config(path: Path) -> Config:
         data = path.read_bytes()
         marks_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as some Windows programs save text
         values = tomllib.loads(data.decode("utf-16" if marks_utf_16 else "utf-8-sig"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a TOML file: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as a TOML file: {reason(error)}") from error
     try:
         return from_dict(values)
     except ValueError as error:
@@ -75,7 +76,7 @@ _AT_LEAST_ONE = (
 _POSITIVE = ("optimiser.learning_rate", "optimiser.fake_learning_rate", "optimiser.clip_norm")
 _SHARES = (
     "data.synthetic_share", "data.smaller_scales", "objective.vsd_share", "pretrain.reconstruction_share",
-    "pretrain.guide_share", "run.ema_decay", "optimiser.beta2",
+    "pretrain.guide_share", "run.ema_decay",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "data.workers", "model.layers_per_block", "objective.later_weight", "objective.guidance", "objective.distribution_weight",
@@ -112,6 +113,10 @@ def _check(config: Config) -> None:
     part, most = config.pretrain.perceptual_crop, config.data.crop - STRIDE
     if config.stage == "pretrain" and config.perceptual and part and not 2 * STRIDE <= part <= most:
         raise InputError(f"pretrain.perceptual_crop = {part}: expected 0, or {2 * STRIDE} to {most} (data.crop less {STRIDE})")
+    if not -(2**63) <= config.run.seed < 2**63:
+        raise InputError(f"run.seed = {config.run.seed}: expected a whole number from -2^63 to 2^63 - 1")
+    if not 0 <= config.optimiser.beta2 < 1:
+        raise InputError(f"optimiser.beta2 = {config.optimiser.beta2}: expected a number from 0 to below 1")
     if config.model.layers < 2:
         raise InputError(
             f"model.layers = {config.model.layers}: expected at least 2, since the last block differs in structure"
@@ -129,7 +134,7 @@ def _check_data(data: DataSettings) -> None:
         raise InputError(f"data.contrast = {data.contrast}: expected a number of at least 1")
     unknown = sorted(set(data.presets) - set(PRESET_NAMES))
     weights = data.presets.values()
-    if unknown or not all(isinstance(w, int | float) and w >= 0 for w in weights) or not sum(weights) > 0:
+    if unknown or not all(isinstance(w, int | float) and 0 <= w < math.inf for w in weights) or not sum(weights) > 0:
         raise InputError(f"data.presets = {data.presets}: expected weights of at least 0 for some of {', '.join(PRESET_NAMES)}")
     multiple = math.lcm(16, data.scale)  # 16 pixels are a patch of SD3's latents
     if data.crop % multiple or data.crop < 2 * multiple:

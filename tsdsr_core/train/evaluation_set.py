@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,12 +27,14 @@ def make_evaluation_set(photos: Path, out: Path, presets: Sequence[str]) -> None
         presets: names of degradations (``degradations.PRESET_NAMES``).
 
     Raises:
-        InputError: for a folder without images, an image that is too small, or two images of the same name; nothing is
-            written then. Also for files that are not images or are damaged; all others are written first.
+        InputError: for a folder without images, an image that is too small or would be overwritten, or two images of the same
+            name; nothing is written then. Also for files that are not images or are damaged; all others are written first.
     """
     paths = collect([str(photos)]).paths
     failed: list[str] = []
-    for path in _checked(paths, failed):
+    taken = _checked(paths, failed)
+    _check_outputs(paths, [out / folder / f"{path.stem}.png" for path in taken for folder in ("hq", *map(_folder, presets))])
+    for path in taken:
         try:
             high = centre_crop(read_picture(path).rgb[0])
         except InputError as error:
@@ -41,9 +44,21 @@ def make_evaluation_set(photos: Path, out: Path, presets: Sequence[str]) -> None
         for preset in presets:
             seed = zlib.crc32(f"{path.stem} {preset}".encode())  # by name, so that adding an image does not change the others
             low = degrade(high, SCALE, preset, torch.Generator().manual_seed(seed))
-            write_picture(out / f"lq-{preset}" / f"{path.stem}.png", Picture(low[None]))
+            write_picture(out / _folder(preset) / f"{path.stem}.png", Picture(low[None]))
     if failed:
         raise InputError(f"{len(failed)} of {len(paths)} images are left out of the evaluation set: {'; '.join(failed)}")
+
+
+def _folder(preset: str) -> str:
+    return f"lq-{preset}"
+
+
+def _check_outputs(photos: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """Raise ``InputError`` if an output is one of the photographs, as if they are in ``out/hq`` already."""
+    sources = {os.path.realpath(path) for path in photos}
+    for path in outputs:
+        if os.path.realpath(path) in sources:
+            raise InputError(f"{path} would overwrite a photograph: choose another --out")
 
 
 def _checked(paths: Sequence[Path], failed: list[str]) -> list[Path]:

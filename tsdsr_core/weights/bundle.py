@@ -59,6 +59,8 @@ class Bundle:
     """Whether the transformer's matrices are stored in 8 bits (``float8.quantise``)."""
     int8: bool = False
     """Whether they are stored in int8 (``int8.quantise``); not both."""
+    source: str = field(default="the bundle", compare=False)
+    """The file that it was read from, for messages."""
 
     def transformer_weights(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """The transformer's weights without scales: quantised ones in ``dtype``, others as they are stored."""
@@ -166,6 +168,7 @@ def read_bundle(path: Path, kind: str | None = None) -> Bundle:
         description.get("folded", False),
         description.get("eight_bit", False),
         description.get("int8", False),
+        str(path),
     )
 
 

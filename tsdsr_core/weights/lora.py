@@ -21,6 +21,10 @@ from .reading import check_weights, read_tensors
 
 TRANSFORMER_FILE, VAE_FILE = "transformer.safetensors", "vae.safetensors"
 _PREFIXES = ("base_model.model.", "transformer.", "vae.")
+_ENDINGS = (
+    (".lora_A.weight", "down"), (".lora_B.weight", "up"), (".alpha", "alpha"),
+    (".lora_A.default.weight", "down"), (".lora_B.default.weight", "up"),  # a model saved with the name of its adapter
+)  # fmt: skip
 _OTHER_KINDS = {
     "lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", ".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT",
     ".lora_mid.": "a Tucker-decomposed LoRA", ".lora_B.bias": "a LoRA with biases", ".diff": "full differences",
@@ -207,7 +211,7 @@ def _split(key: str) -> tuple[str, str, str | None]:
     for prefix in _PREFIXES:
         if key.startswith(prefix):
             key, found = key.removeprefix(prefix), prefix
-    for ending, part in ((".lora_A.weight", "down"), (".lora_B.weight", "up"), (".alpha", "alpha")):
+    for ending, part in _ENDINGS:
         if key.endswith(ending):
             return found.removesuffix("."), key.removesuffix(ending), part
     return found, key, None

@@ -1,0 +1,73 @@
+"""How the command ends from outside: signals, and a standard output that takes nothing more."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tsdsr_core.cli import main
+
+ROOT = Path(__file__).parents[2]
+WRITE = """
+import sys, time
+from pathlib import Path
+from tsdsr_core.cli import command
+from tsdsr_core.system.atomic import write_files
+
+def write(path):
+    path.write_bytes(b"half")
+    print("ready", flush=True)
+    time.sleep(60)
+
+command._run = lambda arguments, alone: write_files({Path(sys.argv[1]): write})
+command.main()
+"""
+
+
+def start(*arguments: str, **options) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_ends_the_process_leaves_nothing_half_written(name, tmp_path):
+    path = tmp_path / "new" / "out.png"
+    process = start(
+        "-c", WRITE, str(path), stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.Signals[name])
+    assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == 128 + signal.Signals[name]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.posix
+def test_a_reader_that_has_enough_is_no_error():
+    """As with ``| head``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = start("-m", "tsdsr_core", "--help", stdout=writing)
+    os.close(writing)
+    assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.linux
+def test_a_report_that_cannot_be_written_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        process = start("-m", "tsdsr_core", "--help", stdout=full)
+    assert process.communicate(timeout=60)[1] == b"standard output could not be written: no space left on the device\n"
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("arguments", [["upscale", "", "-o", "out"], ["upscale", "x.png", "-o", ""], ["info", ""]])
+def test_an_empty_argument_is_not_the_current_folder(arguments, capsys):
+    """As of ``"$FOLDER"`` in a script where it is not set."""
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == "tsdsr: error: an argument is empty: is a variable of the script not set?\n"

@@ -110,8 +110,7 @@ def test_it_is_converted_while_loading_where_products_in_int8_are_slow(bundle, h
     assert result.status == "success", result.error
     model = model_from_bundle(read_bundle(path), CPU, torch.float32)
     assert differs(result.pictures(save)[0], core(host, model)) <= 1
-    print("converted", distance(told_velocity(result, v), velocity(model)))
-    assert distance(told_velocity(result, v), velocity(model)) < 1e-3, "in fp16, as the bundle is"
+    assert distance(told_velocity(result, v), velocity(model)) < 1e-4, "matrices in fp16, as the bundle is"
     assert "torch.int8" not in json.loads(result.outputs[told]["text"][0])
     found = json.loads(result.outputs[cases]["text"][0])
     expected = {"CPU": False, "host without int8": False}
@@ -125,7 +124,12 @@ def test_products_in_int8_are_those_that_the_format_defines(bundle, host, knows_
 
     Each row of an input is rounded in steps of 1/127 of its largest number, which is about 3 times its root mean square:
     an error of 3 / 127 / sqrt(12) = 0.7 % of the input and of the product. At most eight layers follow each other in two
-    blocks; their errors are independent and add up to sqrt(8) x 0.7 % = 2 % where nothing amplifies them.
+    blocks; their errors are independent and add up to sqrt(8) x 0.7 % = 2 % where nothing amplifies them. Here they are
+    less, since most of the velocity goes past these layers.
+
+    The host's sums differ in the last digits of fp32, so that about one input in a thousand is rounded to the next number: an
+    error of one step, where all inputs have one of 0.29. That is sqrt(0.001) / 0.29 = 0.1 of the effect of rounding; rounding
+    in any other way than the format's would be 1.4, as two independent errors.
     """
     if not knows_int8:
         pytest.skip("this ComfyUI does not know int8 weights")
@@ -144,9 +148,8 @@ def test_products_in_int8_are_those_that_the_format_defines(bundle, host, knows_
         velocity(rounded),
         told_velocity(result, v),
     )
-    print("int8", distance(found, expected), distance(found, exact))
-    assert distance(found, expected) < 0.1 * distance(found, exact)
-    assert distance(found, exact) < 0.02
+    assert distance(found, expected) < 0.3 * distance(found, exact)
+    assert 1e-4 < distance(found, exact) < 0.02
     assert differs(result.pictures(save)[0], core(host, rounded)) <= 1
 
     counted = json.loads(result.outputs[told]["text"][0])
@@ -205,9 +208,7 @@ def test_a_lora_goes_onto_int8_weights(in_int8, host, sd3, knows_int8):
     model = model_from_bundle(read_bundle(path), CPU, torch.float32)
     merge_lora(model.transformer, load_lora(sd3.loras / "transformer.safetensors"))
     effect, error = (distance(told_velocity(result, node), velocity(model)) for node in (plain, patched))
-    print("lora", in_int8, effect, error)
-    assert effect > 0.2
-    assert error < (0.04 if in_int8 else 1e-3), "the LoRA is there, once more rounded or not"
+    assert error < (0.05 if in_int8 else 0.005) * effect, "the LoRA is there, once more rounded or not"
     assert differs(result.pictures(save)[0], core(host, model)) <= 2
 
 

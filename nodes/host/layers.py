@@ -99,8 +99,8 @@ def int8_for_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def multiplies_int8(device: torch.device) -> bool:
     """Whether the host knows rotated int8 weights, and ``device`` is made for products of them, which one product shows.
 
-    Such weights have no other use in the host, which multiplies them in int8 wherever they are: on a CPU up to a hundred
-    times more slowly than in fp32.
+    Such weights have no other use in the host, which multiplies them in int8 wherever they are: on a CPU without instructions
+    for it about a hundred times more slowly than in fp32.
     """
     algorithm = comfy.quant_ops.QUANT_ALGOS.get(_INT8)
     if algorithm is None or device.type == "cpu":

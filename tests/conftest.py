@@ -1,5 +1,6 @@
 import shutil
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import hypothesis
@@ -27,6 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="Windows has no pipes, signals, file size limits or such file names"))
         if item.get_closest_marker("linux") and sys.platform != "linux":
             item.add_marker(pytest.mark.skip(reason="only on Linux is a file name any bytes"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With ``pytest -n``, reports are sent as UTF-8, in which names of files in logs may not fit."""
+    report = yield
+    report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
+    return report
 
 
 def _group(item: pytest.Item) -> str:

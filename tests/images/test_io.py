@@ -2,7 +2,6 @@
 
 import io
 import logging
-import re
 import struct
 import zlib
 
@@ -286,22 +285,21 @@ def test_damaged_files_are_named(suffix, tmp_path):
             read_picture(path)
 
 
-@pytest.mark.parametrize("tag", [256, 258, 262, 277])
-def test_a_damaged_tiff_is_named_in_words(tag, tmp_path):
-    """A tag with two values where one belongs: decoders fail on the pair."""
+@pytest.mark.filterwarnings("ignore:Metadata Warning")
+@pytest.mark.parametrize(("tag", "kind", "count"), [(0, 0, 0), (257, 3, 2), (257, 2, 2), (258, 5, 1), (258, 4, 0)])
+def test_a_damaged_tiff_is_named_in_words(tag, kind, count, tmp_path):
+    """No directory, or a tag of another type or number of values, on which decoders fail with errors of Python's own."""
     file = io.BytesIO()
     Image.fromarray(noise(24, 24, 3)).save(file, "TIFF", compression="tiff_lzw")
     data = bytearray(file.getvalue())
-    (directory,) = struct.unpack_from("<I", data, 4)
-    (count,) = struct.unpack_from("<H", data, directory)
-    entry = next(
-        at for at in range(directory + 2, directory + 2 + 12 * count, 12) if data[at : at + 2] == struct.pack("<H", tag)
-    )
-    struct.pack_into("<HII", data, entry + 2, 4, 2, 8)
+    (start,) = struct.unpack_from("<I", data, 4)
+    if tag:
+        struct.pack_into("<HII", data, data.index(struct.pack("<H", tag), start + 2) + 2, kind, count, 8)
+    else:
+        struct.pack_into("<I", data, 4, 0)
     (tmp_path / "x.tif").write_bytes(data)
-    with pytest.raises(ValueError, match=r"x\.tif") as caught:
+    with pytest.raises(ValueError, match=r"x\.tif cannot be read as an image: it is damaged, or its format is not supported"):
         read_picture(tmp_path / "x.tif")
-    assert not re.search(r"tuple|int\(\)|Error", str(caught.value))
 
 
 @pytest.mark.filterwarnings("ignore")

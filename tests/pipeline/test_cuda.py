@@ -19,7 +19,7 @@ from tsdsr_core.vae.program import decoder_program, encoder_program
 
 from ..support.tiny import photo
 from ..vae.test_tiled import ROUNDING, latents, mean_error, pixels, plan_for, untiled, worst
-from .test_restore import ROUNDING as FINISHING
+from .test_pipeline import ROUNDING as FINISHING
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -71,3 +71,9 @@ def test_an_empty_argument_is_not_the_current_folder(arguments, capsys):
     """As of ``"$FOLDER"`` in a script where it is not set."""
     assert main(arguments) == 2
     assert capsys.readouterr().err == "tsdsr: error: an argument is empty: is a variable of the script not set?\n"
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--caption-default"])
+def test_the_text_of_a_prompt_or_caption_may_be_empty(option, tmp_path, capsys):
+    assert main(["train", "prepare", "-o", str(tmp_path / "out"), "--base", str(tmp_path), option, ""]) == 2
+    assert "an argument is empty" not in capsys.readouterr().err

@@ -6,17 +6,18 @@ import math
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tsdsr_core.cli import main
 from tsdsr_core.pipeline import Options, restore
 from tsdsr_core.sd3.config import TRANSFORMER_CONFIG
 from tsdsr_core.sd3.fold import fold_structure
 from tsdsr_core.sd3.models import model_from_bundle
-from tsdsr_core.weights.bundle import METADATA_KEY, read_bundle, read_description, write_bundle
+from tsdsr_core.weights.bundle import read_bundle, read_description, write_bundle
 from tsdsr_core.weights.float8 import SCALE, is_matrix
 from tsdsr_core.weights.int8 import STORED, dequantise, group, quantise, rotate
 
+from ..support.bundles import merged_bundles, rewrite
 from ..support.tiny import photo
 
 CPU = torch.device("cpu")
@@ -155,22 +156,7 @@ def test_sizes_of_sd3_medium(folded, transformer):
 @pytest.fixture(scope="module")
 def bundles(published, tmp_path_factory):
     """The paths of one model's bundles in fp16, whole and folded, with and without int8 weights."""
-    folder = tmp_path_factory.mktemp("int8")
-    source = ["--model", published.sd3, "--lora-dir", published.loras, "--embedding-dir", published.embeddings]
-    made = {}
-    for name in ("whole", "fold", "whole int8", "fold int8"):
-        made[name] = folder / f"{name}.safetensors"
-        options = [f"--{option}" for option in name.split() if option != "whole"]
-        assert main([str(a) for a in ["bundle", "--merge", *options, *source, "-o", made[name]]]) == 0
-    return made
-
-
-def rewrite(source, target, changes=None, **description):
-    """Copy a bundle with other tensors or another description."""
-    found = json.dumps({**read_description(source), **description})
-    tensors = {key: tensor for key, tensor in {**load_file(source), **(changes or {})}.items() if tensor is not None}
-    save_file(tensors, target, {METADATA_KEY: found})
-    return target
+    return merged_bundles(published, tmp_path_factory.mktemp("int8"), "int8")
 
 
 @pytest.mark.parametrize("name", ["whole", "fold"])

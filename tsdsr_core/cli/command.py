@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import itertools
 import logging
 import os
 import signal
@@ -33,6 +34,8 @@ COMMANDS = {
 }
 _MODULES = {"eval": "evaluate", "perceptual-weights": "perceptual_weights"}
 """Modules whose name differs from the command's."""
+_TEXTS = ("--prompt", "--caption-default")
+"""Options whose text may be empty; any other empty argument is a path or a number that is missing."""
 _NO_TRAINING = "this copy does not include the training code (tsdsr_core/train): clone the repository with git and run it there"
 
 
@@ -95,7 +98,7 @@ def _drop_output() -> None:
 
 def _run(arguments: list[str], alone: bool) -> int:
     """``alone``: whether this process runs nothing else."""
-    if "" in arguments:
+    if any(not given and option not in _TEXTS for option, given in itertools.pairwise(["", *arguments])):
         print("tsdsr: error: an argument is empty: is a variable of the script not set?", file=sys.stderr)
         return 2
     if alone:  # OpenCV reads it on import

@@ -6,53 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from tsdsr_core.images.files import read_picture
-from tsdsr_core.pipeline import Options, restore
-from tsdsr_core.sd3.fold import fold
-from tsdsr_core.sd3.models import load_folder, merged_bundle, model_from_bundle
-from tsdsr_core.weights.bundle import read_bundle, write_bundle
+from tsdsr_core.sd3.models import load_folder, model_from_bundle
+from tsdsr_core.weights.bundle import read_bundle
 from tsdsr_core.weights.float8 import is_matrix
 from tsdsr_core.weights.lora import load_lora, merge_lora
 from tsdsr_core.weights.prompt import load_prompt
 
-from ...comfyui.graphs import CPU, TILES, UPSCALE, core_sd3, differs
+from ...comfyui.graphs import CPU, core_sd3, differs
 from ...comfyui.host import Graph
-
-OPTIONS = Options(scale=1.0, process_size=0, tile=16, tile_overlap=4)
-
-
-def write(host, model, name, folded):
-    """An 8-bit bundle of ``model``, where the host finds it."""
-    if folded:
-        fold(model.transformer, model.prompt.pooled)
-    path = host.base / "models" / "tsdsr" / f"{name}.safetensors"
-    defaults = {"process_size": 0, "wavelet_levels": 5}
-    write_bundle(path, merged_bundle(model.transformer, model.vae, model.prompt, torch.float16, defaults, {}, "float8"))
-    return path
+from ...comfyui.quantised import core, load, upscale, write
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["whole", "folded"])
 def bundle(request, host, sd3):
     """The path of an 8-bit bundle and whether it is folded."""
     name = "eight-bit-folded" if request.param else "eight-bit"
-    return write(host, core_sd3(sd3), name, request.param), request.param
-
-
-def upscale(graph, loader, model, name):
-    """Restore the photo in its own size; the node that saves it."""
-    image = graph.add("LoadImage", image="photo.png")
-    given = {"model": model, "vae": (loader, 1), "conditioning": (loader, 2), "size": "scale by", "size.factor": 1.0}
-    result = graph.add("TSDSRUpscale", image=(image, 0), **{**given, **UPSCALE, **TILES})
-    return graph.add("SaveImage", images=(result, 0), filename_prefix=name)
-
-
-def load(graph, path):
-    return graph.add("TSDSRLoadCheckpoint", checkpoint=path.name, vae_precision="fp32")
-
-
-def core(host, model):
-    """What the core makes of the same photo."""
-    return restore(read_picture(host.base / "input" / "photo.png").rgb, model.restorer(), OPTIONS)[0]
+    return write(host, core_sd3(sd3), name, request.param, "float8"), request.param
 
 
 def test_it_gives_what_the_core_gives_in_8_bits_of_memory(bundle, host):
@@ -84,7 +53,7 @@ def test_it_gives_what_the_core_gives_in_8_bits_of_memory(bundle, host):
 def test_a_lora_goes_onto_8_bit_weights(host, sd3):
     """The host rounds patched weights to 8 bits again; the core adds the LoRA to the dequantised ones."""
     model = load_folder(sd3.folder, None, load_prompt(sd3.embeddings), CPU, torch.float32)
-    path = write(host, model, "eight-bit-base", folded=False)
+    path = write(host, model, "eight-bit-base", False, "float8")
     graph = Graph()
     loader = load(graph, path)
     lora = graph.add(

@@ -8,21 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tsdsr_core.images.files import read_picture
-from tsdsr_core.pipeline import Options, restore
-from tsdsr_core.sd3.fold import fold
-from tsdsr_core.sd3.models import load_folder, merged_bundle, model_from_bundle
-from tsdsr_core.weights.bundle import read_bundle, write_bundle
+from tsdsr_core.sd3.models import load_folder, model_from_bundle
+from tsdsr_core.weights.bundle import read_bundle
 from tsdsr_core.weights.float8 import SCALE, is_matrix
 from tsdsr_core.weights.int8 import dequantise, group, quantise, rotate
 from tsdsr_core.weights.lora import load_lora, merge_lora
 from tsdsr_core.weights.prompt import load_prompt
 
 from ...comfyui import host as host_module
-from ...comfyui.graphs import CPU, TILES, UPSCALE, core_sd3, differs
+from ...comfyui.graphs import CPU, core_sd3, differs
 from ...comfyui.host import Graph
+from ...comfyui.quantised import core, load, upscale, write
 
-OPTIONS = Options(scale=1.0, process_size=0, tile=16, tile_overlap=4)
 KEY = "transformer_blocks.0.ff.net.2.weight"
 
 
@@ -33,38 +30,11 @@ def knows_int8(host):
     return "int8_tensorwise" in (folder / "comfy" / "quant_ops.py").read_text(encoding="utf-8")
 
 
-def write(host, model, name, folded):
-    """An int8 bundle of ``model``, where the host finds it."""
-    if folded:
-        fold(model.transformer, model.prompt.pooled)
-    path = host.base / "models" / "tsdsr" / f"{name}.safetensors"
-    defaults = {"process_size": 0, "wavelet_levels": 5}
-    write_bundle(path, merged_bundle(model.transformer, model.vae, model.prompt, torch.float16, defaults, {}, "int8"))
-    return path
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["whole", "folded"])
 def bundle(request, host, sd3):
     """The path of an int8 bundle and whether it is folded."""
     name = "int8-folded" if request.param else "int8"
-    return write(host, core_sd3(sd3), name, request.param), request.param
-
-
-def upscale(graph, loader, model):
-    """Restore the photo in its own size; the node that saves it."""
-    image = graph.add("LoadImage", image="photo.png")
-    given = {"model": model, "vae": (loader, 1), "conditioning": (loader, 2), "size": "scale by", "size.factor": 1.0}
-    result = graph.add("TSDSRUpscale", image=(image, 0), **{**given, **UPSCALE, **TILES})
-    return graph.add("SaveImage", images=(result, 0), filename_prefix="int8")
-
-
-def load(graph, path):
-    return graph.add("TSDSRLoadCheckpoint", checkpoint=path.name, vae_precision="fp32")
-
-
-def core(host, model):
-    """What the core makes of the same photo."""
-    return restore(read_picture(host.base / "input" / "photo.png").rgb, model.restorer(), OPTIONS)[0]
+    return write(host, core_sd3(sd3), name, request.param, "int8"), request.param
 
 
 def product(numbers, scale, bias, x):
@@ -103,7 +73,7 @@ def test_it_is_converted_while_loading_where_products_in_int8_are_slow(bundle, h
     path, _ = bundle
     graph = Graph()
     loader = load(graph, path)
-    save, told = upscale(graph, loader, (loader, 0)), graph.add("TestWeights", model=(loader, 0))
+    save, told = upscale(graph, loader, (loader, 0), "int8"), graph.add("TestWeights", model=(loader, 0))
     cases = graph.add("TestMultipliesInt8", model=(loader, 0))
     v = graph.add("TestVelocity", model=(loader, 0), conditioning=(loader, 2))
     result = host.run(graph)
@@ -137,7 +107,7 @@ def test_products_in_int8_are_those_that_the_format_defines(bundle, host, knows_
     graph = Graph()
     loader = load(graph, path)
     made = graph.add("TestInt8Products", model=(loader, 0))
-    save, told = upscale(graph, loader, (made, 0)), graph.add("TestWeights", model=(made, 0))
+    save, told = upscale(graph, loader, (made, 0), "int8"), graph.add("TestWeights", model=(made, 0))
     v = graph.add("TestVelocity", model=(made, 0), conditioning=(loader, 2))
     result = host.run(graph)
     assert result.status == "success", result.error
@@ -191,7 +161,7 @@ def test_a_lora_goes_onto_int8_weights(in_int8, host, sd3, knows_int8):
     if in_int8 and not knows_int8:
         pytest.skip("this ComfyUI does not know int8 weights")
     model = load_folder(sd3.folder, None, load_prompt(sd3.embeddings), CPU, torch.float32)
-    path = write(host, model, "int8-base", folded=False)
+    path = write(host, model, "int8-base", False, "int8")
     graph = Graph()
     loader = load(graph, path)
     base = (graph.add("TestInt8Products", model=(loader, 0)), 0) if in_int8 else (loader, 0)
@@ -202,7 +172,7 @@ def test_a_lora_goes_onto_int8_weights(in_int8, host, sd3, knows_int8):
     plain, patched = (
         graph.add("TestVelocity", model=node, conditioning=(loader, 2)) for node in (base, (lora, 0))
     )  # fmt: skip
-    save = upscale(graph, loader, (lora, 0))
+    save = upscale(graph, loader, (lora, 0), "int8")
     result = host.run(graph)
     assert result.status == "success", result.error
     model = model_from_bundle(read_bundle(path), CPU, torch.float32)
@@ -217,7 +187,7 @@ def test_saving_it_again(in_int8, host, sd3, knows_int8):
     """Where it was converted while loading, it is saved without int8; in int8 it is one error."""
     if in_int8 and not knows_int8:
         pytest.skip("this ComfyUI does not know int8 weights")
-    path = write(host, core_sd3(sd3), "int8-again", folded=False)
+    path = write(host, core_sd3(sd3), "int8-again", False, "int8")
     graph = Graph()
     loader = load(graph, path)
     base = (graph.add("TestInt8Products", model=(loader, 0)), 0) if in_int8 else (loader, 0)

@@ -62,6 +62,12 @@ def test_an_unknown_output_format_is_refused(folder, tmp_path):
         plan_jobs(collect([str(folder / "b.png")]), tmp_path / "x.gif", "error")
 
 
+@pytest.mark.parametrize("name", ["version-1.5", "new.png"])
+def test_a_separator_at_the_end_means_a_folder(name, folder, tmp_path):
+    job = plan_jobs(collect([str(folder / "b.png")]), f"{tmp_path / name}/", "error")[0]
+    assert job.output == tmp_path / name / "b.png"
+
+
 def test_hidden_files_are_no_pictures(folder):
     (folder / "._b.png").touch()
     assert names(collect([str(folder)])) == ["a.JPG", "b.png", "c.webp"]

@@ -66,7 +66,7 @@ class Outcome:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tsdsr upscale``."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="images, videos, folders of images, or quoted globs")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="file for one input, else folder")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="file for one input, else folder")
     add_source_arguments(parser, default_model="builtin")
     parser.add_argument("--scale", type=float, default=Options.scale, help="enlargement, 1 to 16, fractions allowed")
     parser.add_argument("--color", choices=METHODS, default=Options.colour_fix, help="colour fix")

@@ -94,12 +94,17 @@ def result_name(path: Path) -> str:
 
 
 def plan_jobs(
-    inputs: Inputs, output: Path, existing: str, formats: Collection[str] = FORMATS, names: Mapping[Path, str] | None = None
+    inputs: Inputs,
+    output: str | Path,
+    existing: str,
+    formats: Collection[str] = FORMATS,
+    names: Mapping[Path, str] | None = None,
 ) -> list[Job]:
     """Assign an output file to each input.
 
     Args:
-        output: a file for a single input, otherwise a folder, in which ``names`` gives the names.
+        output: a file for a single input, otherwise a folder, in which ``names`` gives the names. Text that ends with a
+            separator is always a folder.
         existing: "error", "skip" or "overwrite": what to do if a result exists.
         formats: the suffixes of results.
         names: of the results in a folder; by default those of ``result_name``.
@@ -107,13 +112,18 @@ def plan_jobs(
     Raises:
         InputError: if results would overwrite each other, an input or, with "error", an existing file.
     """
-    names_file = output.suffix.lower() in formats and not output.is_dir()
+    is_folder = str(output).endswith(tuple(filter(None, (os.sep, os.altsep)))) or os.path.isdir(output)
+    output = Path(output)
+    names_file = output.suffix.lower() in formats and not is_folder
     if inputs.single and names_file:
         outputs = [output]
     elif names_file:
         raise InputError(f"-o {output}: expected a folder, since the input is not a single file")
-    elif inputs.single and output.suffix and not output.is_dir():
-        raise InputError(f"-o {output}: unknown format {output.suffix!r}; expected one of {', '.join(formats)}, or a folder")
+    elif inputs.single and output.suffix and not is_folder:
+        raise InputError(
+            f"-o {output}: unknown format {output.suffix!r}; expected one of {', '.join(formats)}, or a folder; "
+            f"a new folder of this name needs a {os.sep} at the end"
+        )
     elif output.is_file():
         raise InputError(f"-o {output} is an existing file: expected a folder, or a file of the formats {', '.join(formats)}")
     else:

@@ -41,7 +41,7 @@ class Report:
         self._reached = now
 
     def text(self, images: int, size: Size, plan: SizePlan, automatic: Collection[str], levels: int | None) -> str:
-        """The report in few and short lines: the node has room for about three.
+        """The report in few and short lines: the classic view shows two of them, Nodes 2.0 all.
 
         Args:
             images: how many there were, of one ``size``.
@@ -51,16 +51,15 @@ class Report:
         count = f"{images} images, " if images > 1 else ""
         processed = "" if plan.work == plan.target else f", processed at {_shown(plan.work)}"
         each = self.tiles.count // images
-        tiles = "one tile" if each == 1 else f"{each} tiles of {self.tiles.width}x{self.tiles.height}"
+        tiles = f"{each} tiles of {self.tiles.width}x{self.tiles.height}, batch {self.tiles.batch}" if each > 1 else "one tile"
         lines = [
             f"{count}{_shown(size)} → {_shown(plan.target)}{processed}, {tiles}",
             ", ".join(f"{name} {seconds:.{int(seconds < 9.95)}f} s" for name, seconds in self.seconds.items()),
         ]
-        became = {"wavelet_levels": levels} if levels else {}
-        if each > 1:
-            side = max(self.tiles.height, self.tiles.width)
-            became = {"tile": side, "tile_batch": self.tiles.batch, **became}
-        chosen = [f"{name} {value}" for name, value in became.items() if name in automatic]
+        shown_above = ("tile", "tile_batch") if each > 1 else ()
+        chosen = [name for name in shown_above if name in automatic]
+        if levels and "wavelet_levels" in automatic:
+            chosen.append(f"wavelet_levels {levels}")
         if chosen:
             lines.append(f"automatic: {', '.join(chosen)}")
         return "\n".join(lines)

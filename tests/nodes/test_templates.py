@@ -102,10 +102,11 @@ def open_template(page, name: str) -> None:
     """Through the browser of templates, as a user does."""
     page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.get_by_role("dialog")
-    dialog.get_by_text(host_module.PACK).first.evaluate("entry => entry.click()")  # the dialog is drawn again while it loads
+    entry = dialog.get_by_text(host_module.PACK).first
+    entry.evaluate("entry => entry.click()", timeout=WAIT)  # the dialog is drawn again while it loads
     card = dialog.get_by_text(name, exact=True).first
     card.wait_for(timeout=WAIT)
-    card.evaluate("card => card.click()")  # a pointer would wait until every thumbnail has stopped moving
+    card.evaluate("card => card.click()", timeout=WAIT)  # a pointer would wait until every thumbnail has stopped moving
     page.wait_for_function(SAME_TYPES, arg=types_of(FOLDER / f"{name}.json"), timeout=WAIT)
     page.wait_for_timeout(500)
 
@@ -165,6 +166,7 @@ def test_a_template_runs_from_the_page(view, path, page, host, sd3):
         assert len(shown["PreviewImage"]["images"]) == pictures
     if "TSDSRUpscale" in kinds.values() and view == VIEWS[0]:  # which runs it
         page.wait_for_function(REPORTED, timeout=WAIT)
+    assert page.evaluate(SHOWN)["overlapping"] == [], "images and texts of the results have room"
 
 
 def last_preview(page) -> Image.Image:
@@ -196,6 +198,7 @@ def test_the_first_run_restores_a_photo(view, fresh, browser):
     picture = Image.fromarray(result.pictures("5")[0])
     before = Image.open(host_module.ROOT / "docs" / "examples" / "lighthouse.png")
     assert picture.size == (4 * before.width, 4 * before.height)
+    assert page.evaluate(SHOWN)["overlapping"] == []
     side_by_side = {Image.open(path).size for path in (fresh.base / "temp").glob("ComfyUI_temp_*.png")}
     assert side_by_side == {(2 * picture.width + 8, picture.height)}
     if view == VIEWS[0]:  # the second run has the result at hand

@@ -48,6 +48,15 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     return config
 
 
+_TYPES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: 'a table of numbers; with --set, as JSON: \'{"light": 0.5, "medium": 0.5}\'',
+}
+
+
 def _table(kind: Any, values: Mapping[str, Any], name: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(kind)}
     found = {}
@@ -62,7 +71,7 @@ def _table(kind: Any, values: Mapping[str, Any], name: str) -> Any:
             found[key] = _table(type(default), value, f"{where}.")
             continue
         if type(value) is not type(default) and not (type(default) is float and type(value) is int):
-            raise InputError(f"{where} = {value!r}: expected a value of type {type(default).__name__}")
+            raise InputError(f"{where} = {value!r}: expected {_TYPES[type(default)]}")
         if key in CHOICES and value not in CHOICES[key]:
             raise InputError(f"{where} = {value!r}: expected one of {', '.join(CHOICES[key])}")
         found[key] = float(value) if type(default) is float else value

@@ -40,8 +40,8 @@ def test_out_of_memory_makes_batches_and_tiles_smaller(host):
     ]
     difference = np.abs(whole.pictures(plain)[0].astype(int) - result.pictures(forced)[0])
     assert 0 < difference.mean() < 3, "smaller tiles see less, and give nearly the same"
-    assert report(whole, graph)[0] == "52x44 → 208x176, 4 tiles of 32x32"
-    assert report(result, graph)[0] == "52x44 → 208x176, 16 tiles of 16x16"
+    assert report(whole, graph)[0] == "52x44 → 208x176, 4 tiles of 32x32, batch 4"
+    assert report(result, graph)[0] == "52x44 → 208x176, 16 tiles of 16x16, batch 1"
 
 
 def report(result, graph: Graph) -> list[str]:
@@ -60,11 +60,11 @@ SECONDS = r"encode \d+\.\d s, step \d+\.\d s, decode \d+\.\d s, colour \d+\.\d s
         ("photo.png", {}, ["52x44 → 104x88, one tile", SECONDS, f"automatic: wavelet_levels {LEVELS}"]),
         (
             "large.png", {"size.factor": 1.0},
-            ["512x512 → 512x512, 4 tiles of 68x68", SECONDS, f"automatic: tile 68, tile_batch 4, wavelet_levels {LEVELS}"],
+            ["512x512 → 512x512, 4 tiles of 68x68, batch 4", SECONDS, f"automatic: tile, tile_batch, wavelet_levels {LEVELS}"],
         ),
         (
             "photo.png", {"tile": 16, "tile_batch": 3, "color_fix": "adain", "strength": 0.9},
-            ["52x44 → 104x88, 6 tiles of 16x16", SECONDS],
+            ["52x44 → 104x88, 6 tiles of 16x16, batch 3", SECONDS],
         ),
     ],
 )  # fmt: skip

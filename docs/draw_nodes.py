@@ -3,8 +3,8 @@
     python docs/draw_nodes.py http://127.0.0.1:8188
 
 Writes web/docs/images/<node id>.png for the help pages that show their node, and docs/images/workflow.png after running the
-first template. Needs Playwright, a Chromium (CHROMIUM_PATH) and fonts for Chinese, Japanese and Korean (Debian: fonts-noto-cjk); the lists
-of files show what that ComfyUI has.
+first template. Needs Playwright, a Chromium (CHROMIUM_PATH) and fonts for Chinese, Japanese and Korean, such as Debian's
+fonts-noto-cjk; the lists of files show what that ComfyUI has.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Report:
             chosen.append(f"wavelet_levels {levels}")
         if chosen:
             lines.append(f"automatic: {', '.join(chosen)}")
-        return "\n".join(lines)
+        return ";\n".join(lines)  # Nodes 2.0 shows the line breaks as spaces
 
 
 def _shown(size: Size) -> str:

@@ -47,7 +47,7 @@ def test_out_of_memory_makes_batches_and_tiles_smaller(host):
 def report(result, graph: Graph) -> list[str]:
     """The lines that the graph's TSDSRUpscale shows."""
     upscale = next(name for name, node in graph.nodes.items() if node["class_type"] == "TSDSRUpscale")
-    return result.outputs[upscale]["text"][0].splitlines()
+    return result.outputs[upscale]["text"][0].split(";\n")
 
 
 LEVELS = read_bundle(BUILTIN_FILE).defaults["wavelet_levels"]

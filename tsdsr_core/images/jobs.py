@@ -112,7 +112,7 @@ def plan_jobs(
     Raises:
         InputError: if results would overwrite each other, an input or, with "error", an existing file.
     """
-    is_folder = str(output).endswith(tuple(filter(None, (os.sep, os.altsep)))) or os.path.isdir(output)
+    is_folder = str(output).endswith(tuple(filter(None, (os.sep, os.altsep)))) or Path(output).is_dir()
     output = Path(output)
     names_file = output.suffix.lower() in formats and not is_folder
     if inputs.single and names_file:

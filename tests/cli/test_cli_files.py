@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from tsdsr_core.cli import command as cli
-from tsdsr_core.cli import main
+from tsdsr_core.cli import main, prepare
 from tsdsr_core.cli import upscale as upscale_command
 from tsdsr_core.errors import installation
 from tsdsr_core.images.files import Picture, read_picture, write_picture
@@ -370,3 +371,16 @@ def test_a_folder_with_alpha_under_names_without_it_says_what_to_do(tmp_path, ca
     assert [path.name for path in out.iterdir()] == ["b.png"]
     assert upscale(folder / "a.jpg", "-o", out / "a.png") == 0
     assert read_picture(out / "a.png").alpha is not None
+
+
+@pytest.mark.linux
+def test_a_worker_that_the_system_ends_is_one_line(tmp_path, capfd, monkeypatch):
+    """As where memory runs out."""
+    write_picture(tmp_path / "in" / "a.png", Picture(photo(40, 40)))
+    monkeypatch.setattr(prepare, "make_crops", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+    arguments = ["--base", "builtin", "--crop", "32", "--workers", "1", "--device", "cpu"]
+    assert main(["train", "prepare", str(tmp_path / "in"), "-o", str(tmp_path / "out"), *arguments]) == 1
+    (error,) = capfd.readouterr().err.splitlines()
+    assert error.startswith(
+        "tsdsr train: error: the system ended a process that prepares images, mostly because memory ran out"
+    )

@@ -40,6 +40,11 @@ _TEXTS = ("--prompt", "--caption-default")
 """Options whose text may be empty; any other empty argument is a path or a number that is missing."""
 _NO_TRAINING = "this copy does not include the training code (tsdsr_core/train): clone the repository with git and run it there"
 
+_LOST_WORKER = (
+    "the system ended a process that prepares images, mostly because memory ran out, in containers that of /dev/shm: use fewer "
+    "of them (--workers of tsdsr train prepare, data.workers of a training; 0 needs no such process)"
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -189,9 +194,13 @@ def _run(arguments: list[str], alone: bool) -> int:
         from ..system.atomic import reason  # here, where torch is imported already
         from ..system.memory import is_out_of_memory
 
-        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+        lost = str(error).startswith("DataLoader worker")
+        if not lost and not isinstance(error, MemoryError) and not is_out_of_memory(error):
             raise
         _show_trace(options.debug)
+        if lost:
+            print(f"tsdsr {options.command}: error: {_LOST_WORKER}", file=sys.stderr)
+            return 1
         advice = getattr(options, "advice", "try another --device, or close programs")
         print(f"tsdsr {options.command}: error: out of memory; {advice} ({reason(error)})", file=sys.stderr)
         return 1

@@ -471,3 +471,20 @@ main(["train", *sys.argv[1:]])
     said = f"tsdsr train: error: the logs in {tmp_path / 'full' / 'tsdsr'} could not be written: no space left on the device"
     assert [error.partition(";")[0] for error in errors] == [said]
     assert read_checkpoint(tmp_path / "full" / "last.pt").step >= 1
+
+
+def test_sides_beyond_the_positions_of_the_model_are_refused(tmp_path, capsys):
+    """Of crops and of the evaluation set; and what no tensor can hold."""
+    write_picture(tmp_path / "in" / "0.png", Picture(photo(600, 600)))
+    settings = ["stage=pretrain", "run.steps=1", "run.batch=1"]
+    assert smoke(tmp_path / "in", tmp_path / "out", "--base", "builtin", settings=[*settings, "data.crop=528"]) == 2
+    assert "data.crop = 528: this model is trained and validated on at most 512 pixels a side" in capsys.readouterr().err
+    for folder in ("hq", "lq-light"):
+        write_picture(tmp_path / "set" / folder / "0.png", Picture(photo(600, 600)))
+    more = ["--base", "builtin", "--validation", tmp_path / "set"]
+    assert smoke(tmp_path / "in", tmp_path / "out", *more, settings=settings) == 2
+    assert "longest side of --validation = 600: this model is" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    for name, value in (("data.crop", 3088), ("run.batch", 10**15), ("model.rank", 10**12)):
+        assert train(CONFIGS / "smoke.toml", "--dry-run", "--set", "model.trained=lora", f"{name}={value}") == 2
+        assert f"{name} = {value}: " in capsys.readouterr().err

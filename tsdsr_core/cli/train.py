@@ -119,6 +119,8 @@ def _train(options: argparse.Namespace) -> None:
     accelerator = _accelerator(config, options)
     sources = Sources(options.base, options.teacher, options.embedding_dir, options.null)
     networks = build_networks(config, sources, accelerator.device)
+    networks.check_side("data.crop", config.data.crop)
+    networks.check_side("longest side of --validation", max((max(pair.high.shape) for pair in pairs), default=0))
     networks.autocast = lambda: accelerator.autocast()
     trainer = _trainer(config, networks, options.perceptual_weights)
     loop = Loop(trainer, config, accelerator, options.out)

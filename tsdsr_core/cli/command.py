@@ -143,13 +143,9 @@ def _drop_output() -> None:
 
 def _run(arguments: list[str], alone: bool) -> int:
     """``alone``: whether this process runs nothing else."""
-    if any(not given and option not in _TEXTS for option, given in itertools.pairwise(["", *arguments])):
-        print("tsdsr: error: an argument is empty: is a variable of the script not set?", file=sys.stderr)
-        return 2
-    try:
-        Path.cwd()
-    except OSError as error:  # torch would abort the process
-        print(f"tsdsr: error: the current folder cannot be used ({error.strerror}): change to another one", file=sys.stderr)
+    hindrance = _hindrance(arguments)
+    if hindrance is not None:
+        print(f"tsdsr: error: {hindrance}", file=sys.stderr)
         return 2
     if alone:  # OpenCV reads it on import
         os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
@@ -191,19 +187,36 @@ def _run(arguments: list[str], alone: bool) -> int:
         print(f"tsdsr {options.command}: error: {_message(error)}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except (RuntimeError, MemoryError) as error:
-        from ..system.atomic import reason  # here, where torch is imported already
-        from ..system.memory import is_out_of_memory
-
-        lost = str(error).startswith("DataLoader worker")
-        if not lost and not isinstance(error, MemoryError) and not is_out_of_memory(error):
+        said = _exhausted(error, options)
+        if said is None:
             raise
         _show_trace(options.debug)
-        if lost:
-            print(f"tsdsr {options.command}: error: {_LOST_WORKER}", file=sys.stderr)
-            return 1
-        advice = getattr(options, "advice", "try another --device, or close programs")
-        print(f"tsdsr {options.command}: error: out of memory; {advice} ({reason(error)})", file=sys.stderr)
+        print(f"tsdsr {options.command}: error: {said}", file=sys.stderr)
         return 1
+
+
+def _hindrance(arguments: list[str]) -> str | None:
+    """What keeps every command from running, or None."""
+    if any(not given and option not in _TEXTS for option, given in itertools.pairwise(["", *arguments])):
+        return "an argument is empty: is a variable of the script not set?"
+    try:
+        Path.cwd()
+    except OSError as error:  # torch would abort the process
+        return f"the current folder cannot be used ({error.strerror}): change to another one"
+    return None
+
+
+def _exhausted(error: RuntimeError | MemoryError, options: argparse.Namespace) -> str | None:
+    """What to say of an error that means that the machine has too little; None for others."""
+    from ..system.atomic import reason  # here, where torch is imported already
+    from ..system.memory import is_out_of_memory
+
+    if str(error).startswith("DataLoader worker"):
+        return _LOST_WORKER
+    if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+        return None
+    advice = getattr(options, "advice", "try another --device, or close programs")
+    return f"out of memory; {advice} ({reason(error)})"
 
 
 def _not_installed(command: str, error: ModuleNotFoundError) -> int:

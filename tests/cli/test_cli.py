@@ -425,6 +425,10 @@ def test_info_tells_what_files_are(published, tmp_path, capsys):
     assert "31 modules of rank 4" in capsys.readouterr().out
     for path in (tmp_path, ROOT / "pyproject.toml", tmp_path / "none"):
         assert main(["info", str(path)]) == 2
+    capsys.readouterr()
+    for path in (published.embeddings, published.sd3, ROOT / "tsdsr_core" / "assets" / "builtin.safetensors"):
+        assert main(["info", str(path), "--model", str(tmp_path / "none")]) == 2
+        assert f"--model {tmp_path / 'none'} is for LoRAs, but {path} is a " in capsys.readouterr().err
 
 
 def test_python_dash_m_is_the_same_command():

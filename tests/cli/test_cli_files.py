@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tsdsr_core.cli import command as cli
-from tsdsr_core.cli import main
+from tsdsr_core.cli import main, prepare
 from tsdsr_core.cli import upscale as upscale_command
 from tsdsr_core.errors import installation
 from tsdsr_core.images.files import Picture, read_picture, write_picture
 from tsdsr_core.images.jobs import collect, plan_jobs
 from tsdsr_core.train.config_file import read_config
+from tsdsr_core.train.data.prepared import Prepared
 from tsdsr_core.train.evaluation_set import make_evaluation_set
 from tsdsr_core.train.networks.text import read_captions
 
@@ -209,17 +212,93 @@ def test_eval_leaves_damaged_images_out_and_ends_with_1(tmp_path, capsys):
     assert "none of the 3 pairs can be compared" in capsys.readouterr().err
 
 
-def test_an_evaluation_set_is_made_of_the_good_images(tmp_path):
+def test_an_evaluation_set_is_made_of_the_good_images(tmp_path, caplog):
     for number in range(2):
         write_picture(tmp_path / "in" / f"{number}.bmp", Picture(photo(512, 512, number)))
     data = (tmp_path / "in" / "0.bmp").read_bytes()
     (tmp_path / "in" / "0.bmp").write_bytes(data[:2000])
     (tmp_path / "in" / "page.png").write_text("<!DOCTYPE html><html>404 Not Found</html>")
-    with pytest.raises(ValueError, match=r"2 of 3 images are left out of the evaluation set: ") as caught:
-        make_evaluation_set(tmp_path / "in", tmp_path / "out", ["light"])
-    assert "0.bmp" in str(caught.value)
-    assert "page.png cannot be read as an image: its content is a web page" in str(caught.value)
+    arguments = ["train", "evalset", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--presets", "light"]
+    assert main(arguments) == 1, "some inputs failed"
+    assert len(caplog.messages) == 2
+    assert "0.bmp" in caplog.text
+    assert "page.png cannot be read as an image: its content is a web page" in caplog.text
     assert [path.name for path in (tmp_path / "out" / "lq-light").iterdir()] == ["1.png"]
+    (tmp_path / "in" / "1.bmp").unlink()
+    with pytest.raises(ValueError, match=r"none of the 2 images can be read: .*page\.png"):
+        make_evaluation_set(tmp_path / "in", tmp_path / "out", ["light"])
+
+
+@pytest.mark.linux
+def test_names_of_any_bytes_are_prepared_and_evaluated(tmp_path):
+    """The random numbers of an image depend on its name."""
+    photos = tmp_path / "in"
+    write_picture(photos / os.fsdecode(b"raw \xff.png"), Picture(photo(512, 512)))
+    assert main(["train", "evalset", str(photos), "--out", str(tmp_path / "set")]) == 0
+    assert (tmp_path / "set" / "lq-medium" / os.fsdecode(b"raw \xff.png")).is_file()
+    arguments = ["--base", "builtin", "--crop", "32", "--workers", "0", "--device", "cpu"]
+    assert main(["train", "prepare", str(photos), "-o", str(tmp_path / "out"), *arguments]) == 0
+    folder = Prepared(tmp_path / "out")
+    assert [path.name for path in folder.paths] == [os.fsdecode(b"raw \xff.png-0.safetensors")]
+    assert folder.read(0, ["high"])["high"].shape == (3, 32, 32)
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("kind", ["pipe", "folder", "broken link", "loop", "below a file"])
+def test_what_is_no_file_is_called_what_it_is(kind, tmp_path, capsys):
+    """In each command and option that reads weights; a pipe is not waited for."""
+    path = tmp_path / "x.safetensors"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "below a file":
+        path.write_text("")
+        path /= "y.safetensors"
+    else:
+        path.symlink_to(path if kind == "loop" else tmp_path / "none")
+    expected = {
+        "pipe": "is a pipe or a device, not a file", "folder": "is a folder, not a file",
+        "broken link": "is a symbolic link to a file that does not exist",
+        "loop": "cannot be read: a symbolic link in its path leads back to itself",
+        "below a file": "cannot be read: a part of its path is not a folder",
+    }[kind]  # fmt: skip
+    out, images = ["-o", str(tmp_path / "out.safetensors")], tmp_path / "images"
+    write_picture(images / "a.png", Picture(photo(16, 16)))
+    commands = [
+        ["perceptual-weights", "--lpips", str(path), "--dists", str(path), *out], ["train", "export", str(path), *out],
+        ["eval", "--lq", str(images), "--hq", str(images), "--metrics", "lpips", "--perceptual-weights", str(path)],
+    ]  # fmt: skip
+    if kind != "folder":  # which these take
+        commands += [["info", str(path)], ["bundle", "--lora-dir", str(path), *out]]
+        commands += [["upscale", str(images), "-o", str(tmp_path / "results"), "--model", str(path)]]
+    for command in commands:
+        assert main(command) == 2, command
+        assert expected in capsys.readouterr().err, command
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["bundle", "perceptual-weights", "run", "prepare", "evalset"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(command, tmp_path, capsys):
+    """Nothing of the input is read: it is missing, or damaged."""
+    (tmp_path / "file").write_text("")
+    target, none = tmp_path / "file" / "out.safetensors", str(tmp_path / "none")
+    write_picture(tmp_path / "in" / "0.bmp", Picture(photo(512, 512)))
+    data = (tmp_path / "in" / "0.bmp").read_bytes()
+    (tmp_path / "in" / "0.bmp").write_bytes(data[:2000])
+    config = str(ROOT / "tsdsr_core" / "train" / "configs" / "smoke.toml")
+    arguments = {
+        "bundle": ["bundle", "--merge", "--model", none, "-o", str(target)],
+        "perceptual-weights": ["perceptual-weights", "--lpips", none, "--dists", none, "-o", str(target)],
+        "run": ["train", config, "--photos", none, "--out", str(target)],
+        "prepare": ["train", "prepare", none, "--base", none, "-o", str(target)],
+        "evalset": ["train", "evalset", str(tmp_path / "in"), "--out", str(target)],
+    }[command]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "could not be written: " in error
+    assert "is not a folder" in error
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_an_evaluation_set_overwrites_no_photograph(tmp_path, capsys):
@@ -278,3 +357,30 @@ def test_errors_of_the_system_are_said_in_words(tmp_path, capsys, monkeypatch):
     assert upscale("x.png", "-o", "y.png") == 2
     assert capsys.readouterr().err == "tsdsr upscale: error: some\\nfile: permission denied\n"
     assert cli.COMMANDS["train"]
+
+
+def test_a_folder_with_alpha_under_names_without_it_says_what_to_do(tmp_path, capsys):
+    """As of PNG files called .jpg; the others are done, and what is advised works."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    write_picture(folder / "a.png", Picture(photo(8, 8), alpha=torch.full((1, 1, 8, 8), 0.5)))
+    (folder / "a.png").rename(folder / "a.jpg")
+    write_picture(folder / "b.png", Picture(photo(8, 8)))
+    assert upscale(folder, "-o", out) == 1
+    advice = f"restore it by itself, with -o {out / 'a.png'}"
+    assert capsys.readouterr().err.strip().endswith(advice)
+    assert [path.name for path in out.iterdir()] == ["b.png"]
+    assert upscale(folder / "a.jpg", "-o", out / "a.png") == 0
+    assert read_picture(out / "a.png").alpha is not None
+
+
+@pytest.mark.linux
+def test_a_worker_that_the_system_ends_is_one_line(tmp_path, capfd, monkeypatch):
+    """As where memory runs out."""
+    write_picture(tmp_path / "in" / "a.png", Picture(photo(40, 40)))
+    monkeypatch.setattr(prepare, "make_crops", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+    arguments = ["--base", "builtin", "--crop", "32", "--workers", "1", "--device", "cpu"]
+    assert main(["train", "prepare", str(tmp_path / "in"), "-o", str(tmp_path / "out"), *arguments]) == 1
+    (error,) = capfd.readouterr().err.splitlines()
+    assert error.startswith(
+        "tsdsr train: error: the system ended a process that prepares images, mostly because memory ran out"
+    )

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from tsdsr_core.cli import main
+from tsdsr_core.images.files import Picture, read_picture, write_picture
+from tsdsr_core.weights.bundle import BUILTIN
+
+from ..support.tiny import photo
 
 ROOT = Path(__file__).parents[2]
 WRITE = """
@@ -64,6 +68,34 @@ def test_a_report_that_cannot_be_written_is_one_line():
         process = start("-m", "tsdsr_core", "--help", stdout=full)
     assert process.communicate(timeout=60)[1] == b"standard output could not be written: no space left on the device\n"
     assert process.returncode == 1
+
+
+@pytest.mark.linux
+def test_a_report_that_cannot_be_written_is_no_error_of_the_command():
+    """Unbuffered, as in containers, the error comes in the middle of the command."""
+    command = f"{sys.executable} -u -m tsdsr_core info {BUILTIN} > /dev/full"
+    process = subprocess.run(command, shell=True, cwd=ROOT, stderr=subprocess.PIPE, timeout=120)
+    assert process.stderr == b"standard output could not be written: no space left on the device\n"
+    assert process.returncode == 1
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_no_error(closed, tmp_path):
+    """As under some job schedulers; no file of ours takes their places."""
+    write_picture(tmp_path / "a.png", Picture(photo(8, 8)))
+    command = f"{sys.executable} -m tsdsr_core upscale {tmp_path}/a.png -o {tmp_path}/b.png --scale 1 {closed}"
+    assert subprocess.run(command, shell=True, cwd=ROOT, timeout=120).returncode == 0
+    assert read_picture(tmp_path / "b.png").rgb.shape == (1, 3, 8, 8)
+
+
+@pytest.mark.posix
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
+    command = f"mkdir {tmp_path}/gone; cd {tmp_path}/gone; rmdir {tmp_path}/gone; {sys.executable} -m tsdsr_core info x"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(command, shell=True, env=environment, stderr=subprocess.PIPE, timeout=120)
+    expected = b"tsdsr: error: the current folder cannot be used (No such file or directory): change to another one\n"
+    assert (process.stderr, process.returncode) == (expected, 2)
 
 
 @pytest.mark.parametrize("arguments", [["upscale", "", "-o", "out"], ["upscale", "x.png", "-o", ""], ["info", ""]])

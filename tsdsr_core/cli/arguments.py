@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import InputError
+from ..system.atomic import no_file
 from ..system.device import DEVICES, DTYPES, held_memory
 from ..system.imports import hidden, without_compiler
 from ..weights.bundle import BUILTIN, is_bundle, read_bundle
@@ -124,7 +125,7 @@ def load_model(options: argparse.Namespace, device: torch.device, dtype: torch.d
 
             return model_from_bundle(bundle, device, dtype)
     if not path.is_dir():
-        raise InputError(f"--model {options.model} does not exist: expected builtin, a bundle file or an SD3 folder")
+        raise InputError(f"--model {options.model} {no_file(path)}: expected builtin, a bundle file or an SD3 folder")
     if options.lora_dir is None:
         raise InputError("--model with an SD3 folder needs --lora-dir: the base model alone cannot restore images")
     loras, prompt = load_loras_and_prompt(options.lora_dir, options.embedding_dir)
@@ -174,7 +175,7 @@ def load_loras_and_prompt(lora_dir: Path, embedding_dir: Path | None) -> tuple[t
         bundle = read_bundle(lora_dir, "lora")
         return bundle.loras(), bundle.prompt if embedding_dir is None else load_prompt(embedding_dir)
     if not lora_dir.is_dir():
-        raise InputError(f"--lora-dir {lora_dir} does not exist")
+        raise InputError(f"--lora-dir {lora_dir} {no_file(lora_dir)}")
     if embedding_dir is None:
         if not (lora_dir / TOKENS_FILE).is_file():
             raise InputError(f"--embedding-dir is needed: {lora_dir} has no {TOKENS_FILE}")

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..images.jobs import check_existing
 from ..sd3.fold import FoldedEmbedding, fold
 from ..sd3.models import merged_bundle
+from ..system.atomic import check_target
 from ..system.device import DTYPES
 from ..weights.bundle import Bundle, write_bundle
 from .arguments import add_source_arguments, has_strengths, load_loras_and_prompt, load_model
@@ -41,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
     if options.output.suffix != ".safetensors":
         raise InputError(f"-o {options.output}: expected a name that ends in .safetensors")
     check_existing([options.output], options.existing)
+    check_target(options.output)
     dtype = DTYPES[options.dtype]
     notes = _notes(options.note)
     if options.fold and not options.merge:

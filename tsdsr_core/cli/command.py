@@ -17,6 +17,8 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,21 @@ _TEXTS = ("--prompt", "--caption-default")
 """Options whose text may be empty; any other empty argument is a path or a number that is missing."""
 _NO_TRAINING = "this copy does not include the training code (tsdsr_core/train): clone the repository with git and run it there"
 
+_LOST_WORKER = (
+    "the system ended a process that prepares images, mostly because memory ran out, in containers that of /dev/shm: use fewer "
+    "of them (--workers of tsdsr train prepare, data.workers of a training; 0 needs no such process)"
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    if arguments is None:
+        _open_streams()
+        _end_by_exception()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as for standard error: file names may have any bytes
-    if arguments is None:
-        _end_by_exception()
+        if arguments is None:
+            sys.stdout = _Output(sys.stdout)
     try:
         try:
             return _run(sys.argv[1:] if arguments is None else arguments, alone=arguments is None)
@@ -60,6 +70,16 @@ def main(arguments: list[str] | None = None) -> int:
         _drop_output()
         print(f"standard output could not be written: {error}", file=sys.stderr)
         return 1
+
+
+def _open_streams() -> None:
+    """Open what is closed of standard input, output and error (``2>&-``), or the next files would take their places."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - until the process ends
 
 
 def _end_by_exception() -> None:
@@ -78,17 +98,42 @@ class _OutputError(Exception):
     """Standard output cannot be written, for the reason in the message."""
 
 
-def _flush() -> None:
-    """Write what standard output holds back: its errors would come after the exit code."""
+class _Output:
+    """Standard output whose errors are of a kind of their own, even where they come in the middle of the work."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with _output_errors():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with _output_errors():
+            self._stream.flush()
+
+
+@contextmanager
+def _output_errors() -> Iterator[None]:
+    """Turn errors of the block, which writes standard output, into ``_OutputError``."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:
         from ..system.atomic import reason
 
         raise _OutputError(reason(error)) from error
+
+
+def _flush() -> None:
+    """Write what standard output holds back: its errors would come after the exit code."""
+    if sys.stdout is not None:
+        with _output_errors():
+            sys.stdout.flush()
 
 
 def _drop_output() -> None:
@@ -98,8 +143,9 @@ def _drop_output() -> None:
 
 def _run(arguments: list[str], alone: bool) -> int:
     """``alone``: whether this process runs nothing else."""
-    if any(not given and option not in _TEXTS for option, given in itertools.pairwise(["", *arguments])):
-        print("tsdsr: error: an argument is empty: is a variable of the script not set?", file=sys.stderr)
+    hindrance = _hindrance(arguments)
+    if hindrance is not None:
+        print(f"tsdsr: error: {hindrance}", file=sys.stderr)
         return 2
     if alone:  # OpenCV reads it on import
         os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
@@ -141,15 +187,36 @@ def _run(arguments: list[str], alone: bool) -> int:
         print(f"tsdsr {options.command}: error: {_message(error)}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except (RuntimeError, MemoryError) as error:
-        from ..system.atomic import reason  # here, where torch is imported already
-        from ..system.memory import is_out_of_memory
-
-        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+        said = _exhausted(error, options)
+        if said is None:
             raise
         _show_trace(options.debug)
-        advice = getattr(options, "advice", "try another --device, or close programs")
-        print(f"tsdsr {options.command}: error: out of memory; {advice} ({reason(error)})", file=sys.stderr)
+        print(f"tsdsr {options.command}: error: {said}", file=sys.stderr)
         return 1
+
+
+def _hindrance(arguments: list[str]) -> str | None:
+    """What keeps every command from running, or None."""
+    if any(not given and option not in _TEXTS for option, given in itertools.pairwise(["", *arguments])):
+        return "an argument is empty: is a variable of the script not set?"
+    try:
+        Path.cwd()
+    except OSError as error:  # torch would abort the process
+        return f"the current folder cannot be used ({error.strerror}): change to another one"
+    return None
+
+
+def _exhausted(error: RuntimeError | MemoryError, options: argparse.Namespace) -> str | None:
+    """What to say of an error that means that the machine has too little; None for others."""
+    from ..system.atomic import reason  # here, where torch is imported already
+    from ..system.memory import is_out_of_memory
+
+    if str(error).startswith("DataLoader worker"):
+        return _LOST_WORKER
+    if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+        return None
+    advice = getattr(options, "advice", "try another --device, or close programs")
+    return f"out of memory; {advice} ({reason(error)})"
 
 
 def _not_installed(command: str, error: ModuleNotFoundError) -> int:
@@ -189,7 +256,7 @@ def _message(error: Exception) -> str:
     from ..system.atomic import one_line, reason
 
     if isinstance(error, OSError) and error.errno is not None:
-        return one_line(reason(error) if error.filename is None else f"{error.filename}: {reason(error)}")
+        return one_line(reason(error) if error.filename is None else f"{os.fsdecode(error.filename)}: {reason(error)}")
     return one_line(str(error))
 
 

@@ -44,15 +44,19 @@ def describe(path: Path, model: Path | None) -> dict[str, Any]:
     """Describe ``path`` as an ordered mapping, to print or to report as JSON.
 
     Raises:
-        InputError: for a missing, damaged or unknown file.
+        InputError: for a missing, damaged or unknown file, or a ``model`` for a file that has no LoRAs.
     """
     if path.is_dir():
-        return _folder(path, model)
-    if is_bundle(path):
-        return _bundle(path, model)
-    if path.is_file() and (path.suffix.lower() == PICKLED or _is_prompt(path)):
-        return _prompt(load_prompt(path))
-    return _loras([load_lora(path)], model)
+        facts = _folder(path, model)
+    elif is_bundle(path):
+        facts = _bundle(path, model)
+    elif path.is_file() and (path.suffix.lower() == PICKLED or _is_prompt(path)):
+        facts = _prompt(load_prompt(path))
+    else:
+        facts = _loras([load_lora(path)], model)
+    if model and facts["checked"] != f"against {model}":
+        raise InputError(f"--model {model} is for LoRAs, but {path} is a {facts['kind']}: omit it")
+    return facts
 
 
 def _folder(path: Path, model: Path | None) -> dict[str, Any]:

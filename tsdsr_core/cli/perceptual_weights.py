@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..images.jobs import check_existing
 from ..metrics.perceptual.archives import convert
 from ..metrics.perceptual.weights import write_weights
+from ..system.atomic import check_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,7 @@ def run(options: argparse.Namespace) -> int:
     if options.output.suffix != ".safetensors":
         raise InputError(f"-o {options.output}: expected a name that ends in .safetensors")
     check_existing([options.output], options.existing)
+    check_target(options.output)
     write_weights(options.output, convert(options.lpips, options.dists))
     print(options.output)
     return 0

@@ -23,6 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..errors import InputError
 from ..sd3.models import load_vae
+from ..system.atomic import check_target
 from ..system.device import DEVICES, DTYPES, choose_device
 from ..train.data.degradations import PRESET_NAMES, degrade
 from ..train.data.photos import find_colour_images, read_pixels
@@ -97,6 +98,8 @@ def run(options: argparse.Namespace) -> int:
             settings.
     """
     _check_options(options)
+    check_target(options.output / SAMPLES / INDEX)
+    check_target(options.output / INDEX)
     device = choose_device(options.device)
     vae: Any = load_vae(options.base) if options.inputs else None
     settings = _settings(options, vae)

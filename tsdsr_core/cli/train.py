@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..colour import WAVELET_LEVELS
 from ..errors import InputError
+from ..system.atomic import check_target
 from ..system.device import choose_device
 from ..train.checkpoint import FILE, Checkpoint, read_checkpoint
 from ..train.config import Config, differences
@@ -31,6 +32,8 @@ from ..train.data.photos import find_colour_images
 from ..train.dry_run import Estimate, estimate
 from ..train.evaluation_set import SIDE, make_evaluation_set
 from ..train.export import export
+from ..train.logs import NAME as LOGS
+from ..train.logs import without_thread_traces, writing_logs
 from ..train.loop import Loop
 from ..train.networks.build import Sources, build_networks
 from ..train.networks.roles import Networks
@@ -116,6 +119,8 @@ def _train(options: argparse.Namespace) -> None:
     accelerator = _accelerator(config, options)
     sources = Sources(options.base, options.teacher, options.embedding_dir, options.null)
     networks = build_networks(config, sources, accelerator.device)
+    networks.check_side("data.crop", config.data.crop)
+    networks.check_side("longest side of --validation", max((max(pair.high.shape) for pair in pairs), default=0))
     networks.autocast = lambda: accelerator.autocast()
     trainer = _trainer(config, networks, options.perceptual_weights)
     loop = Loop(trainer, config, accelerator, options.out)
@@ -127,15 +132,18 @@ def _train(options: argparse.Namespace) -> None:
     def check(restore: Any, step: int) -> Any:
         return validate(
             pairs, restore, config.wavelet_levels or WAVELET_LEVELS, accelerator.device,
-            lambda name, image: _log_image(accelerator, name, image, step),
+            lambda name, image: _log_image(accelerator, options.out, name, image, step),
         )  # fmt: skip
 
     options.out.mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers("tsdsr")
-    if accelerator.is_main_process and pairs:
-        accelerator.log({f"validation/reference/{name}": value for name, value in references(pairs).items()}, loop.step)
-    loop.run(_batches(config, source, accelerator, loop.seen), prompt, check)
-    accelerator.end_training()
+    with without_thread_traces():
+        with writing_logs(options.out):
+            accelerator.init_trackers(LOGS)
+        if accelerator.is_main_process and pairs:
+            loop.log({f"validation/reference/{name}": value for name, value in references(pairs).items()})
+        loop.run(_batches(config, source, accelerator, loop.seen), prompt, check)
+        with writing_logs(options.out):
+            accelerator.end_training()
 
 
 def _validation(config: Config, folder: Path | None) -> list[Pair]:
@@ -150,6 +158,8 @@ def _validation(config: Config, folder: Path | None) -> list[Pair]:
 def _checkpoint(config: Config, options: argparse.Namespace) -> Checkpoint | None:
     """The checkpoint to resume from; None for a new run."""
     path = options.out / FILE
+    for file in (path, options.out / LOGS / "events"):
+        check_target(file)
     if not options.resume:
         if path.exists():
             raise InputError(f"{path} exists: continue it with --resume, or choose another --out")
@@ -239,9 +249,10 @@ def override(config: Config, changes: list[str]) -> Config:
     return from_dict(values)
 
 
-def _log_image(accelerator: Accelerator, name: str, image: Tensor, step: int) -> None:
+def _log_image(accelerator: Accelerator, out: Path, name: str, image: Tensor, step: int) -> None:
     tracker: Any = accelerator.get_tracker("tensorboard")
-    tracker.log_images({name: image[None].numpy()}, step, dataformats="NCHW")
+    with writing_logs(out):
+        tracker.log_images({name: image[None].numpy()}, step, dataformats="NCHW")
 
 
 def _print_estimate(found: Estimate) -> None:
@@ -275,8 +286,11 @@ def _evalset_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--presets", nargs="+", choices=PRESET_NAMES, default=["light", "medium"], help="degradations to apply")
 
 
-def _evalset(options: argparse.Namespace) -> None:
-    make_evaluation_set(options.photos, options.out, options.presets)
+def _evalset(options: argparse.Namespace) -> int:
+    failed = make_evaluation_set(options.photos, options.out, options.presets)
+    for error in failed:
+        log.warning("left out: %s", error)
+    return int(bool(failed))
 
 
 _SUBCOMMANDS = {

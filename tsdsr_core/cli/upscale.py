@@ -192,8 +192,7 @@ def _upscale_picture(job: Job, model: DiffusersModel, chosen: Options, options: 
     """Restore one image file; returns (width, height) of the result."""
     picture = read_picture(job.input)
     size = target_size((picture.rgb.shape[2], picture.rgb.shape[3]), chosen.scale)
-    check_output(job.output, picture.alpha is not None, size)  # refused before the work, not after
-    check_target(job.output)
+    _check_output(job, picture.alpha is not None, size)  # refused before the work, not after
     with tqdm(leave=False, disable=None, unit="tile") as tiles:
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -206,6 +205,18 @@ def _upscale_picture(job: Job, model: DiffusersModel, chosen: Options, options: 
     alpha = None if picture.alpha is None else enlarge_alpha(picture.alpha, size)
     write_picture(job.output, replace(picture, rgb=rgb, alpha=alpha))
     return size[1], size[0]
+
+
+def _check_output(job: Job, has_alpha: bool, size: tuple[int, int]) -> None:
+    """Raise an error where a result cannot be written; in a folder, whose names nobody chose, it says how."""
+    try:
+        check_output(job.output, has_alpha, size)
+    except InputError as error:
+        if job.output.name != job.input.name:
+            raise
+        other = job.output.with_suffix(".png")
+        raise InputError(f"{error}: restore it by itself, with -o {other}") from error
+    check_target(job.output)
 
 
 def _upscale_video(job: Job, model: DiffusersModel, chosen: Options, options: argparse.Namespace) -> tuple[int, int]:

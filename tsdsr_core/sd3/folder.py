@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checks import some
 from ..errors import InputError
+from ..system.atomic import reason
 from ..weights.bundle_header import check_config_numbers
 from ..weights.lora import weight_shapes
 from ..weights.reading import check_types, check_weights, is_finite, load_pickle, parse_json, read_tensors
@@ -158,7 +159,7 @@ def _read_config(path: Path, part: str) -> dict[str, Any]:
     try:
         config = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not an SD3 folder in diffusers' layout: {file}: {error}") from error
+        raise InputError(f"{path} is not an SD3 folder in diffusers' layout: {file}: {reason(error)}") from error
     if not isinstance(config, dict):
         raise InputError(f"{file} is not a configuration: expected that of {expected}")
     if config.get("_class_name") != expected:

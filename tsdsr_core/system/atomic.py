@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
@@ -41,12 +42,29 @@ def reason(error: BaseException) -> str:
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, SafetensorError) and (said := re.search(r"os error (\d+)", str(error))):
         number = int(said[1])
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON (line {error.lineno}, column {error.colno})"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
     if number is not None:
         return _REASONS.get(number) or os.strerror(number)
     said = str(error).strip().partition("\n")[0].rstrip(":")  # a colon would announce the lines that are cut off
     if not re.search(r"[^\W\d_]{2}", said):  # nothing, or only a number, as for a missing key
         said = "not enough memory" if isinstance(error, MemoryError) else f"{type(error).__name__} {said}".strip()
     return said
+
+
+def no_file(path: Path) -> str:
+    """What ``path`` is, if it is not a regular file: the end of a sentence, such as "does not exist"."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "is a symbolic link to a file that does not exist" if path.is_symlink() else "does not exist"
+    except OSError as error:
+        return f"cannot be read: {reason(error)}"
+    return "is a folder, not a file" if stat.S_ISDIR(mode) else "is a pipe or a device, not a file"
 
 
 def one_line(text: str) -> str:

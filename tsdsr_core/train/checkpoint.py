@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError
-from ..system.atomic import torch_writer, write_files
+from ..system.atomic import no_file, torch_writer, write_files
 from ..weights.reading import check_weights, is_finite, load_pickle, parse_json
 from .config import Config
 from .config_file import from_dict
@@ -65,7 +65,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     try:
         write_files({path: torch_writer(values)})
     except OSError as error:
-        raise OSError(f"{error}; the previous checkpoint is kept") from error
+        raise OSError(f"{error}{'; the previous checkpoint is kept' if path.exists() else ''}") from error
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -75,8 +75,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         InputError: for a missing, damaged or foreign file.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist: expected a checkpoint of tsdsr train")
-    values = load_pickle(path)
+        raise InputError(f"{path} {no_file(path)}: expected a checkpoint of tsdsr train")
+    values = load_pickle(path, "start a new run, or use a copy of it")
     if not isinstance(values, dict) or not {"version", "config"} <= set(values):
         raise InputError(f"{path} is not a checkpoint of tsdsr train")
     if type(values["version"]) is not int or values["version"] != VERSION:
@@ -90,7 +90,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for tensors in (*values["weights"].values(), values["average"], values["prompt"]):
         if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise InputError(f"{path} is damaged: some of its weights are not tensors")
-        check_weights(path, tensors)
+        check_weights(path, tensors, "start a new run, or use a copy of it")
     if set(values["prompt"]) != {"tokens", "pooled"}:
         raise InputError(f"{path} is damaged: its prompt is incomplete")
     try:

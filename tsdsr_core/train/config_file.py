@@ -8,6 +8,7 @@ import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as _repr
 from typing import Any
 
 from ..errors import InputError
@@ -17,6 +18,9 @@ from ..weights.bundle_header import DEFAULTS
 from .config import CHOICES, Config, DataSettings
 from .data.degradations import PRESET_NAMES
 from .objectives.perceptual import STRIDE
+
+_LEAST, _MOST = -(2**63), 2**63 - 1
+"""Of whole numbers: TOML promises no more, and larger ones overflow in torch."""
 
 
 def read_config(path: Path) -> Config:
@@ -67,20 +71,23 @@ def _table(kind: Any, values: Mapping[str, Any], name: str) -> Any:
         default = getattr(kind(), key)
         if dataclasses.is_dataclass(default):
             if not isinstance(value, dict):
-                raise InputError(f"{where} = {value!r}: expected a table [{where}]")
+                raise InputError(f"{where} = {_repr(value)}: expected a table [{where}]")
             found[key] = _table(type(default), value, f"{where}.")
             continue
         if type(value) is not type(default) and not (type(default) is float and type(value) is int):
-            raise InputError(f"{where} = {value!r}: expected {_TYPES[type(default)]}")
+            raise InputError(f"{where} = {_repr(value)}: expected {_TYPES[type(default)]}")
+        if type(value) is int and not _LEAST <= value <= _MOST:
+            raise InputError(f"{where} = {_repr(value)}: expected a whole number from -2^63 to 2^63 - 1")
         if key in CHOICES and value not in CHOICES[key]:
-            raise InputError(f"{where} = {value!r}: expected one of {', '.join(CHOICES[key])}")
+            raise InputError(f"{where} = {_repr(value)}: expected one of {', '.join(CHOICES[key])}")
         found[key] = float(value) if type(default) is float else value
     return kind(**found)
 
 
 _AT_LEAST_ONE = (
-    "data.scale", "data.candidates", "model.rank", "objective.fake_steps", "optimiser.cycles", "run.steps", "run.batch",
-    "run.accumulate", "run.save_every", "run.validate_every", "pretrain.wavelet_levels",
+    "data.scale", "data.candidates", "model.rank", "objective.fake_steps", "objective.trajectory_steps", "objective.stride",
+    "optimiser.cycles", "run.steps", "run.batch", "run.accumulate", "run.save_every", "run.validate_every",
+    "pretrain.wavelet_levels",
 )  # fmt: skip
 _POSITIVE = ("optimiser.learning_rate", "optimiser.fake_learning_rate", "optimiser.clip_norm")
 _SHARES = (
@@ -122,8 +129,6 @@ def _check(config: Config) -> None:
     part, most = config.pretrain.perceptual_crop, config.data.crop - STRIDE
     if config.stage == "pretrain" and config.perceptual and part and not 2 * STRIDE <= part <= most:
         raise InputError(f"pretrain.perceptual_crop = {part}: expected 0, or {2 * STRIDE} to {most} (data.crop less {STRIDE})")
-    if not -(2**63) <= config.run.seed < 2**63:
-        raise InputError(f"run.seed = {config.run.seed}: expected a whole number from -2^63 to 2^63 - 1")
     if not 0 <= config.optimiser.beta2 < 1:
         raise InputError(f"optimiser.beta2 = {config.optimiser.beta2}: expected a number from 0 to below 1")
     if config.model.layers < 2:
@@ -138,12 +143,16 @@ def _check(config: Config) -> None:
     config.objective.trajectory()
 
 
+def _is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= _MOST
+
+
 def _check_data(data: DataSettings) -> None:
     if not 1 <= data.contrast < math.inf:
         raise InputError(f"data.contrast = {data.contrast}: expected a number of at least 1")
     unknown = sorted(set(data.presets) - set(PRESET_NAMES))
     weights = data.presets.values()
-    if unknown or not all(isinstance(w, int | float) and 0 <= w < math.inf for w in weights) or not sum(weights) > 0:
+    if unknown or not all(_is_weight(w) for w in weights) or not sum(weights) > 0:
         raise InputError(f"data.presets = {data.presets}: expected weights of at least 0 for some of {', '.join(PRESET_NAMES)}")
     multiple = math.lcm(16, data.scale)  # 16 pixels are a patch of SD3's latents
     if data.crop % multiple or data.crop < 2 * multiple:

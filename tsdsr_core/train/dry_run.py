@@ -23,6 +23,8 @@ from .networks.roles import FAKE, STUDENT, TEACHER, Condition, Networks
 from .trainers import StudentTrainer, TeacherTrainer
 
 META = torch.device("meta")
+_LARGEST = 2**20
+"""Of the batch and the rank: beyond, sizes of tensors could overflow."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,16 @@ def estimate(config: Config) -> Estimate:
     without autocast.
 
     Raises:
-        InputError: for a run that trains a small model's weights.
+        InputError: for a run that trains a small model's weights, or sizes beyond what the model or a tensor can have.
     """
     if config.model.trained != "lora":
         raise InputError("--dry-run works for Stable Diffusion 3 medium with LoRAs only: set model.trained = 'lora'")
     config = replace(config, objective=replace(config.objective, perceptual="gradients"))
+    for name, size in (("run.batch", config.run.batch), ("model.rank", config.model.rank)):
+        if size > _LARGEST:
+            raise InputError(f"{name} = {size}: expected at most {_LARGEST} with --dry-run")
     networks = _networks(config)
+    networks.check_side("data.crop", config.data.crop)
     trainer: Any = (TeacherTrainer if config.stage == "teacher" else StudentTrainer)(networks, config)
     modules = list({id(m): m for m in (*networks.transformers.values(), networks.vae)}.values())
     weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())

@@ -13,22 +13,27 @@ from torch import Tensor
 from ..errors import InputError
 from ..images.files import Picture, read_header, read_picture, write_picture
 from ..images.jobs import collect
+from ..system.atomic import check_target
 from .data.degradations import degrade
 
 SIDE = 512
 SCALE = 4
 
 
-def make_evaluation_set(photos: Path, out: Path, presets: Sequence[str]) -> None:
+def make_evaluation_set(photos: Path, out: Path, presets: Sequence[str]) -> list[str]:
     """Write ``out/hq/NAME.png`` (512x512) and, for each preset, ``out/lq-PRESET/NAME.png`` (128x128).
 
     Args:
         photos: folder of images of at least 512x512 pixels.
         presets: names of degradations (``degradations.PRESET_NAMES``).
 
+    Returns:
+        The errors of files that are not images or are damaged; all others are written.
+
     Raises:
-        InputError: for a folder without images, an image that is too small or would be overwritten, or two images of the same
-            name; nothing is written then. Also for files that are not images or are damaged; all others are written first.
+        InputError: for a folder without usable images, an image that is too small or would be overwritten, or two images of
+            the same name; nothing is written then.
+        OSError: if a file cannot be written, before any work where that is clear.
     """
     paths = collect([str(photos)]).paths
     failed: list[str] = []
@@ -42,11 +47,13 @@ def make_evaluation_set(photos: Path, out: Path, presets: Sequence[str]) -> None
             continue
         write_picture(out / "hq" / f"{path.stem}.png", Picture(high[None]))
         for preset in presets:
-            seed = zlib.crc32(f"{path.stem} {preset}".encode())  # by name, so that adding an image does not change the others
+            name = f"{path.stem} {preset}"  # so that adding an image does not change the others
+            seed = zlib.crc32(name.encode("utf-8", "surrogatepass"))
             low = degrade(high, SCALE, preset, torch.Generator().manual_seed(seed))
             write_picture(out / _folder(preset) / f"{path.stem}.png", Picture(low[None]))
-    if failed:
-        raise InputError(f"{len(failed)} of {len(paths)} images are left out of the evaluation set: {'; '.join(failed)}")
+    if len(failed) == len(paths):
+        raise InputError(f"none of the {len(paths)} images can be read: {failed[0]}")
+    return failed
 
 
 def _folder(preset: str) -> str:
@@ -54,9 +61,10 @@ def _folder(preset: str) -> str:
 
 
 def _check_outputs(photos: Sequence[Path], outputs: Sequence[Path]) -> None:
-    """Raise ``InputError`` if an output is one of the photographs, as if they are in ``out/hq`` already."""
+    """Raise an error if an output cannot be written, or is one of the photographs, as if they are in ``out/hq`` already."""
     sources = {os.path.realpath(path) for path in photos}
     for path in outputs:
+        check_target(path)
         if os.path.realpath(path) in sources:
             raise InputError(f"{path} would overwrite a photograph: choose another --out")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..images.jobs import check_existing
 from ..sd3.models import merged_bundle
-from ..system.atomic import safetensors_writer, torch_writer, write_files
+from ..system.atomic import check_target, safetensors_writer, torch_writer, write_files
 from ..weights.bundle import Bundle, write_bundle
 from ..weights.lora import TRANSFORMER_FILE, VAE_FILE
 from ..weights.prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds
@@ -52,6 +52,7 @@ def export(checkpoint: Checkpoint, out: Path, base: Path | None, notes: Mapping[
     if not is_file:
         raise InputError(f"-o {out}: a small model is exported as one .safetensors file")
     check_existing([out], existing)
+    check_target(out)
     write_bundle(out, _lora_bundle(checkpoint, notes) if adapters else _small_bundle(checkpoint, base, notes))
 
 

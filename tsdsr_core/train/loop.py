@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .checkpoint import FILE, Checkpoint, check_frozen, check_optimiser, write_checkpoint
 from .config import Config, OptimiserSettings
 from .data.batch import Batch
+from .logs import writing_logs
 from .networks.roles import check_same_shapes, set_parameters
 from .trainers import Trainer
 
@@ -65,9 +66,12 @@ class Loop:
 
         Raises:
             FloatingPointError: if a loss or gradient is not finite, with its name and the step; the last checkpoint is kept.
-            OSError: if a checkpoint cannot be written; the last one is kept.
+            OSError: if a checkpoint or the logs cannot be written; the last checkpoint is kept.
         """
         run, main = self.config.run, self.accelerator.is_main_process
+        if self.step >= run.steps and main:
+            said = "nothing to do: the checkpoint has %d steps, run.steps is %d; raise it to continue"
+            log.warning(said, self.step, run.steps)
         with tqdm(total=run.steps, initial=self.step, unit="step", disable=None if main else True) as bar:
             while self.step < run.steps:
                 losses = self._one_step(batches)
@@ -76,7 +80,7 @@ class Loop:
                 self._update_average()
                 bar.update()
                 bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
-                self.accelerator.log({f"loss/{name}": value for name, value in losses.items()}, self.step)
+                self.log({f"loss/{name}": value for name, value in losses.items()})
                 over = self.step == run.steps
                 if main and (over or self.step % run.save_every == 0):
                     write_checkpoint(self.out / FILE, self._checkpoint(prompt))
@@ -84,7 +88,12 @@ class Loop:
                 if main and (over or self.step % run.validate_every == 0):
                     with self.averaged():
                         figures = validate(self.trainer.restore, self.step)
-                    self.accelerator.log({f"validation/{name}": value for name, value in figures.items()}, self.step)
+                    self.log({f"validation/{name}": value for name, value in figures.items()})
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Write figures by name to the logs, for the current step; raises ``OSError`` if that fails."""
+        with writing_logs(self.out):
+            self.accelerator.log(dict(values), self.step)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

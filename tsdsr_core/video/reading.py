@@ -78,7 +78,7 @@ def read_clip(path: Path) -> Clip:
             for frame in packet.decode():
                 if coding is None:
                     first, turn, coding = (frame.height, frame.width), turn_of(frame), coding_of(frame)
-                    _warn(path, frame)
+                    _warn(path, video, frame)
                 if (frame.height, frame.width) != first:
                     raise InputError(
                         f"{path} changes from {first[1]}x{first[0]} to {frame.width}x{frame.height} pixels after {count} "
@@ -153,7 +153,9 @@ def turn_of(frame: av.VideoFrame) -> Turn:
     return Turn()
 
 
-def _warn(path: Path, frame: av.VideoFrame) -> None:
+def _warn(path: Path, video: VideoStream, frame: av.VideoFrame) -> None:
+    if any(component.is_alpha for component in frame.format.components) or video.metadata.get("alpha_mode") == "1":
+        log.warning("%s: left out its alpha channel, which results cannot hold", path)
     if frame.interlaced_frame:
         log.warning("%s is interlaced: deinterlace it first, or moving edges keep their combs", path)
 

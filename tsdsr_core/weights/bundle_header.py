@@ -11,6 +11,7 @@ from ..checks import is_bounded, some
 from ..colour import WAVELET_LEVELS_RANGE
 from ..errors import InputError
 from ..image_size import PROCESS_SIZE_RANGE
+from ..system.atomic import no_file, reason
 from .prompt import POOLED_KEY, TOKENS_KEY
 from .reading import open_tensors, parse_json
 
@@ -70,7 +71,7 @@ def read_description(path: Path, kind: str | None = None) -> dict[str, Any]:
     try:
         description = parse_json(header[METADATA_KEY])
     except ValueError as error:
-        raise InputError(f"{path} has damaged bundle metadata: {error}") from error
+        raise InputError(f"{path} has damaged bundle metadata: {reason(error)}") from error
     version = description.get("version") if isinstance(description, dict) else None
     if type(version) is not int or version < 1:
         raise InputError(f"{path} has damaged bundle metadata: no version")
@@ -97,7 +98,7 @@ def read_description(path: Path, kind: str | None = None) -> dict[str, Any]:
 def _header(path: Path) -> tuple[dict[str, str], Shapes]:
     """The metadata, and the shapes of the tensors."""
     if not path.is_file():
-        raise InputError(f"{path} does not exist")
+        raise InputError(f"{path} {no_file(path)}")
     with open_tensors(path) as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
         return file.metadata() or {}, shapes

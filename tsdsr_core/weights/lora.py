@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import some
 from ..errors import InputError
+from ..system.atomic import no_file
 from .lora_alpha import header_alphas, read_peft_config
 from .reading import check_weights, read_tensors
 
@@ -89,7 +90,7 @@ def load_lora(path: Path, expected: str | None = None) -> Lora:
         InputError: for a missing, damaged or unknown file, or a LoRA for the other part.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist: the official LoRAs are {TRANSFORMER_FILE} and {VAE_FILE} in one folder")
+        raise InputError(f"{path} {no_file(path)}: the official LoRAs are {TRANSFORMER_FILE} and {VAE_FILE} in one folder")
     tensors, metadata = read_tensors(path)
     tensors = {key: tensor.float() if key.endswith(".alpha") else tensor for key, tensor in tensors.items()}  # may be int
     check_weights(path, tensors)

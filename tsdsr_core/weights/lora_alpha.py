@@ -17,6 +17,7 @@ from typing import Any
 
 from ..checks import is_bounded
 from ..errors import InputError
+from ..system.atomic import reason
 from .reading import parse_json
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -50,7 +51,7 @@ def read_peft_config(path: Path) -> str | None:
     try:
         return config.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{config} cannot be read: {error}") from error
+        raise InputError(f"{config} cannot be read: {reason(error)}") from error
 
 
 def header_alphas(
@@ -95,7 +96,7 @@ def _mapping(text: str) -> dict[str, Any]:
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise InputError(f"not valid JSON: {error}") from error
+        raise InputError(f"not valid JSON: {reason(error)}") from error
     if not isinstance(value, dict):
         raise InputError("expected a JSON object")
     return value

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import some
 from ..errors import InputError
-from ..system.atomic import write_tensors
+from ..system.atomic import no_file, write_tensors
 from .reading import PICKLED, check_weights, is_finite, load_pickle, open_tensors
 
 TOKENS_FILE, POOLED_FILE = "prompt_embeds.pt", "pool_embeds.pt"
@@ -75,7 +75,7 @@ def load_prompt(path: Path) -> PromptEmbeds:
     if path.is_dir():
         return _load_pair(path / TOKENS_FILE, path / POOLED_FILE)
     if not path.is_file():
-        raise InputError(f"{path} does not exist: expected a file, or a folder with {TOKENS_FILE} and {POOLED_FILE}")
+        raise InputError(f"{path} {no_file(path)}: expected a file, or a folder with {TOKENS_FILE} and {POOLED_FILE}")
     if path.suffix.lower() == PICKLED:
         pair = pair_of(path)
         if pair is None:

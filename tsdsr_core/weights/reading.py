@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ SUFFIXES = (".safetensors", ".sft")
 PICKLED = ".pt"
 """Suffix of files written by ``torch.save``."""
 _AGAIN = "download it again"
+_OPEN_FILES = "/dev/fd"
+"""The folder in which POSIX systems show a process its open files."""
 _SNIFFED = 1024
 """Bytes of a file by which its kind is recognised."""
 
@@ -38,28 +41,31 @@ def open_tensors(path: Path, again: str = _AGAIN) -> Iterator[Any]:
     """
     _check_content(path, "a safetensors file", again)
     try:
-        with safe_open(path, framework="pt") as file:
+        with _encodable(path) as name, safe_open(name, framework="pt") as file:
             yield file
     except SafetensorError as error:
         raise InputError(f"{path} is damaged, truncated or not a safetensors file: {again} ({reason(error)})") from error
 
 
-def load_pickle(path: Path) -> Any:
+def load_pickle(path: Path, again: str = _AGAIN) -> Any:
     """Load an existing file written by ``torch.save`` to the CPU: tensors and plain containers only (``weights_only``).
+
+    Args:
+        again: as for ``open_tensors``.
 
     Raises:
         InputError: if the file cannot be read, is damaged, or holds anything else, with its name.
     """
-    _check_content(path, "a PyTorch file")
+    _check_content(path, "a PyTorch file", again)
     try:
-        with warnings.catch_warnings():
+        with _encodable(path) as name, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles not written by torch
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
+            return torch.load(name, map_location="cpu", weights_only=True)
+    except (MemoryError, InputError):
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise InputError(
-            f"{path} is damaged, or holds something other than tensors and plain values: {_AGAIN}; nothing in it was executed"
+            f"{path} is damaged, or holds something other than tensors and plain values: {again}; nothing in it was executed"
         ) from error
 
 
@@ -121,13 +127,27 @@ def parse_json(text: str) -> Any:
         raise InputError("it is nested too deeply") from error
 
 
+@contextmanager
+def _encodable(path: Path) -> Iterator[Path]:
+    """A name of an existing file that is UTF-8: safetensors and torch take no other, and would call the file damaged."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        if not Path(_OPEN_FILES).is_dir():  # Windows
+            raise InputError(f"{path}: its name cannot be written in UTF-8: rename it") from None
+        with path.open("rb") as file:
+            yield Path(_OPEN_FILES, str(file.fileno()))
+    else:
+        yield path
+
+
 def _check_content(path: Path, expected: str, again: str = _AGAIN) -> None:
     """Raise ``InputError`` if the first bytes of a file show that it is not ``expected``."""
     try:
         with path.open("rb") as file:
             start = file.read(_SNIFFED)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"{path} cannot be read: {reason(error)}") from error
     found = _kind(start, again)
     if found is None or found[0] == expected:
         return

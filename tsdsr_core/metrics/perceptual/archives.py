@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...system.atomic import reason
+from ...system.atomic import no_file, reason
 from ...weights.reading import check_weights
 from .backbones import CHANNELS, Name
 from .weights import Weights, check_shapes
@@ -166,7 +166,7 @@ def _parsed(path: Path, member: str, parse: Callable[[bytes], dict[str, Tensor]]
 def _member(path: Path, name: str) -> bytes:
     """The contents of the file in a zip or tar archive whose path ends in ``name``."""
     if not path.is_file():
-        raise InputError("the archive does not exist; docs/evaluation.md explains how to get it")
+        raise InputError(f"the archive {no_file(path)}; docs/evaluation.md explains how to get it")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -178,7 +178,9 @@ def _member(path: Path, name: str) -> bytes:
                 for info in archive:
                     if info.isfile() and _matches(info.name, name, info.size):
                         return archive.extractfile(info).read()  # type: ignore[union-attr]
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, RuntimeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # a damaged archive can raise anything, also of its compression's module
         raise InputError(f"the archive cannot be read ({reason(error)})") from error
     raise InputError("the archive does not contain this file")
 

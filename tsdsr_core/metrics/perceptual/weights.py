@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...system.atomic import write_tensors
+from ...system.atomic import no_file, write_tensors
 from ...weights.reading import check_weights, parse_json, read_tensors
 from .backbones import CHANNELS, shapes
 
@@ -73,7 +73,7 @@ def read_weights(path: Path) -> Weights:
         InputError: for a missing, damaged or unknown file, with its name.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist: expected a file of perceptual weights; {_ADVICE}")
+        raise InputError(f"{path} {no_file(path)}: expected a file of perceptual weights; {_ADVICE}")
     tensors, metadata = read_tensors(path, _ADVICE)
     try:
         sources = _sources(metadata)

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from ...errors import InputError
 from ...pipeline import bicubic
-from ...system.atomic import write_tensors
+from ...system.atomic import reason, write_tensors
 from ...weights.reading import open_tensors, parse_json
 from .photos import shared_flags
 from .prepared import SURROUNDINGS
@@ -115,7 +115,7 @@ def _description(path: Path) -> tuple[int, int]:
     try:
         found = parse_json(text)
     except ValueError as error:
-        raise InputError(f"{path} has damaged metadata in {METADATA_KEY}: {error}; {_AGAIN}") from error
+        raise InputError(f"{path} has damaged metadata in {METADATA_KEY}: {reason(error)}; {_AGAIN}") from error
     version = found.get("version") if isinstance(found, dict) else None
     if type(version) is int and version > VERSION:
         raise InputError(f"{path} has samples of version {version}, this program reads version {VERSION}: update the program")

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import InputError
-from ...system.atomic import write_bytes, write_tensors
+from ...system.atomic import reason, write_bytes, write_tensors
 from ...weights.reading import open_tensors, parse_json
 from .photos import shared_flags
 
@@ -168,8 +168,10 @@ def read_index(path: Path) -> dict[str, Any]:
     """
     try:
         index = parse_json(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is damaged: {error}; {_AGAIN}") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {reason(error)}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {reason(error)}; {_AGAIN}") from error
     version = index.get("version") if isinstance(index, dict) else None
     if type(version) is int and version > VERSION:
         raise InputError(f"{path} is of version {version}, this program reads up to version {VERSION}: update the program")

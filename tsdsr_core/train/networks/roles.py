@@ -73,6 +73,18 @@ class Networks:
         """Device of all networks."""
         return self.prompt.tokens.device
 
+    def check_side(self, name: str, side: int) -> None:
+        """Raise ``InputError`` if images whose longest side has ``side`` pixels are too large for the transformers' positions.
+
+        Args:
+            name: of what has this side, for the message.
+        """
+        config = next(iter(self.transformers.values())).config
+        cells = config["pos_embed_max_size"] or config["sample_size"] // config["patch_size"]
+        longest = cells * config["patch_size"] * 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        if side > longest:
+            raise InputError(f"{name} = {side}: this model is trained and validated on at most {longest} pixels a side")
+
     def velocity(self, role: str, z: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """Velocity ``v(z_t, sigma)`` of a role's network, in the shape of ``z``.
 

@@ -12,6 +12,7 @@ import torch
 
 from ...checks import some
 from ...errors import InputError
+from ...system.atomic import reason
 from ...system.device import choose_dtype
 from ...weights.prompt import PromptEmbeds
 
@@ -35,8 +36,8 @@ def read_captions(images: Sequence[Path], default: str | None) -> dict[Path, str
             captions[image] = sidecar.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
             missing.append(sidecar)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{sidecar} is not UTF-8 text: {error}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{sidecar} cannot be read as a caption: {reason(error)}") from error
     if missing and default is None:
         raise InputError(
             f"{len(missing)} of {len(images)} captions are missing: {some(missing)}; write them, or use --caption-default TEXT"

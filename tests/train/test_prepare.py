@@ -376,7 +376,7 @@ def test_missing_captions_are_one_error(published, photos, tmp_path, monkeypatch
         read_captions(many, None)
     assert "8.txt" not in str(caught.value)
     (tmp_path / "0.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ValueError, match=r"0\.txt is not UTF-8"):
+    with pytest.raises(ValueError, match=r"0\.txt cannot be read as a caption: it is not UTF-8 text"):
         read_captions(many, "any")
     run(photos, "-o", tmp_path / "plain", "--base", published.sd3)
     with pytest.raises(ValueError, match=r"no captions in .*plain"):

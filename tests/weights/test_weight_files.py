@@ -197,7 +197,7 @@ def test_a_header_of_any_length_is_no_text(length, tmp_path):
 
 
 def test_a_folder_in_place_of_a_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=rf"{tmp_path} cannot be read: Is a directory"), open_tensors(tmp_path):
+    with pytest.raises(ValueError, match=rf"{tmp_path} cannot be read: it is a folder"), open_tensors(tmp_path):
         pass
 
 

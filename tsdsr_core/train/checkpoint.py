@@ -76,7 +76,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise InputError(f"{path} {no_file(path)}: expected a checkpoint of tsdsr train")
-    values = load_pickle(path, "start a new run, or use a copy of it")
+    values = load_pickle(path, "download it again, or start a new run")
     if not isinstance(values, dict) or not {"version", "config"} <= set(values):
         raise InputError(f"{path} is not a checkpoint of tsdsr train")
     if type(values["version"]) is not int or values["version"] != VERSION:
@@ -90,7 +90,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for tensors in (*values["weights"].values(), values["average"], values["prompt"]):
         if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise InputError(f"{path} is damaged: some of its weights are not tensors")
-        check_weights(path, tensors, "start a new run, or use a copy of it")
+        check_weights(path, tensors, "download it again, or start a new run")
     if set(values["prompt"]) != {"tokens", "pooled"}:
         raise InputError(f"{path} is damaged: its prompt is incomplete")
     try:

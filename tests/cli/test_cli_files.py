@@ -382,5 +382,5 @@ def test_a_worker_that_the_system_ends_is_one_line(tmp_path, capfd, monkeypatch)
     assert main(["train", "prepare", str(tmp_path / "in"), "-o", str(tmp_path / "out"), *arguments]) == 1
     (error,) = capfd.readouterr().err.splitlines()
     assert error.startswith(
-        "tsdsr train: error: the system ended a process that prepares images, mostly because memory ran out"
+        "tsdsr train: error: the system ended a process that prepares images, most likely because memory ran out"
     )

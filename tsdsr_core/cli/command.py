@@ -41,8 +41,8 @@ _TEXTS = ("--prompt", "--caption-default")
 _NO_TRAINING = "this copy does not include the training code (tsdsr_core/train): clone the repository with git and run it there"
 
 _LOST_WORKER = (
-    "the system ended a process that prepares images, mostly because memory ran out, in containers that of /dev/shm: use fewer "
-    "of them (--workers of tsdsr train prepare, data.workers of a training; 0 needs no such process)"
+    "the system ended a process that prepares images, most likely because memory ran out (in a container, that of /dev/shm): "
+    "use fewer such processes (--workers of tsdsr train prepare, data.workers of a training; with 0 there are none)"
 )
 
 

@@ -112,9 +112,9 @@ def plan_jobs(
     Raises:
         InputError: if results would overwrite each other, an input or, with "error", an existing file.
     """
-    is_folder = str(output).endswith(tuple(filter(None, (os.sep, os.altsep))))  # which a Path has no longer
+    ends_in_separator = str(output).endswith(tuple(filter(None, (os.sep, os.altsep))))  # which a Path drops
     output = Path(output)
-    is_folder = is_folder or output.is_dir()
+    is_folder = ends_in_separator or output.is_dir()
     names_file = output.suffix.lower() in formats and not is_folder
     if inputs.single and names_file:
         outputs = [output]

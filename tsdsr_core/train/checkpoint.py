@@ -18,6 +18,7 @@ from .config_file import from_dict
 
 FILE = "last.pt"
 VERSION = 2
+_AGAIN = "download it again, or start a new run"
 _SOURCES = {
     "autoencoder": "--base", "transformer": "--base", "teacher": "--teacher", "prompt": "--base, --embedding-dir or run.seed",
     "null prompt": "--null",
@@ -76,7 +77,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise InputError(f"{path} {no_file(path)}: expected a checkpoint of tsdsr train")
-    values = load_pickle(path, "download it again, or start a new run")
+    values = load_pickle(path, _AGAIN)
     if not isinstance(values, dict) or not {"version", "config"} <= set(values):
         raise InputError(f"{path} is not a checkpoint of tsdsr train")
     if type(values["version"]) is not int or values["version"] != VERSION:
@@ -90,7 +91,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for tensors in (*values["weights"].values(), values["average"], values["prompt"]):
         if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise InputError(f"{path} is damaged: some of its weights are not tensors")
-        check_weights(path, tensors, "download it again, or start a new run")
+        check_weights(path, tensors, _AGAIN)
     if set(values["prompt"]) != {"tokens", "pooled"}:
         raise InputError(f"{path} is damaged: its prompt is incomplete")
     try:

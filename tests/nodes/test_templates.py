@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -100,15 +101,33 @@ def test_the_template_browser_opens_each_template(path, page, host):
 
 def open_template(page, name: str) -> None:
     """Through the browser of templates, as a user does."""
-    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    dialog = page.get_by_role("dialog")
-    entry = dialog.get_by_text(host_module.PACK).first
-    entry.evaluate("entry => entry.click()", timeout=WAIT)  # the dialog is drawn again while it loads
-    card = dialog.get_by_text(name, exact=True).first
-    card.wait_for(timeout=WAIT)
+    card = page.get_by_role("dialog").get_by_text(name, exact=True).first
+    browse_until(page, card, choose_pack)
     card.evaluate("card => card.click()", timeout=WAIT)  # a pointer would wait until every thumbnail has stopped moving
     page.wait_for_function(SAME_TYPES, arg=types_of(FOLDER / f"{name}.json"), timeout=WAIT)
     page.wait_for_timeout(500)
+
+
+def choose_pack(dialog) -> None:
+    """Show the pack's own templates."""
+    dialog.get_by_text(host_module.PACK).first.evaluate("entry => entry.click()", timeout=WAIT)
+
+
+def browse_until(page, card, act) -> None:
+    """Open the browser of templates and act in it until a card is there.
+
+    The dialog is drawn again while its list loads, and the one before may still be closing: what was done then is lost.
+    """
+    deadline = time.monotonic() + WAIT / 1000
+    while time.monotonic() < deadline:
+        if not page.get_by_role("dialog").first.is_visible():
+            page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        act(page.get_by_role("dialog"))
+        for _ in range(20):
+            if card.is_visible():
+                return
+            page.wait_for_timeout(250)
+    pytest.fail("the template does not appear")
 
 
 @on_a_host
@@ -121,12 +140,10 @@ def test_the_template_browser_has_them_in_order(page):
 @pytest.mark.parametrize("query", ["restore", "upscale", "old photo", "grainy", "noisy", "video", "folder", "TSD-SR"])
 @on_a_host
 def test_the_template_browser_finds_them(query, page):
-    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.get_by_role("dialog")
     search = dialog.get_by_role("textbox").first
-    search.fill(query)
     expected = next(path.stem for path in WORKFLOWS if query.lower() in path.stem.lower())
-    dialog.get_by_text(expected, exact=True).first.wait_for(timeout=WAIT)
+    browse_until(page, dialog.get_by_text(expected, exact=True).first, lambda _: search.fill(query))
     search.fill("")
     page.keyboard.press("Escape")
     dialog.first.wait_for(state="hidden", timeout=WAIT)

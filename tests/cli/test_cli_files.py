@@ -20,7 +20,9 @@ from tsdsr_core.cli import upscale as upscale_command
 from tsdsr_core.errors import installation
 from tsdsr_core.images.files import Picture, read_picture, write_picture
 from tsdsr_core.images.jobs import collect, plan_jobs
+from tsdsr_core.train import evaluation_set
 from tsdsr_core.train.config_file import read_config
+from tsdsr_core.train.data.degradations import degrade
 from tsdsr_core.train.data.prepared import Prepared
 from tsdsr_core.train.evaluation_set import make_evaluation_set
 from tsdsr_core.train.networks.text import read_captions
@@ -299,6 +301,26 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(command, tm
     assert "could not be written: " in error
     assert "is not a folder" in error
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_an_interrupted_evaluation_set_has_whole_images_only(tmp_path, monkeypatch, capsys):
+    """An original without its inputs would stay uncompared."""
+    write_picture(tmp_path / "in" / "0.png", Picture(photo(512, 512)))
+    write_picture(tmp_path / "in" / "1.png", Picture(photo(512, 512, 1)))
+    done = []
+
+    def interrupted(*arguments):
+        done.append(arguments[2])
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        return degrade(*arguments)
+
+    monkeypatch.setattr(evaluation_set, "degrade", interrupted)
+    arguments = ["train", "evalset", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--presets", "light", "medium"]
+    assert main(arguments) == 130
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")) == [
+        "hq/0.png", "lq-light/0.png", "lq-medium/0.png"
+    ]  # fmt: skip
 
 
 def test_an_evaluation_set_overwrites_no_photograph(tmp_path, capsys):

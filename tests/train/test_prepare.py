@@ -238,7 +238,7 @@ def test_workers_prepare_the_same(published, photos, tmp_path):
 
 def test_damaged_pictures_are_reported_once_and_left_out(published, photos, tmp_path, caplog):
     (photos / "1.png").write_bytes((photos / "1.png").read_bytes()[:-1000])
-    run(photos, "-o", tmp_path / "out", "--base", published.sd3)
+    assert run(photos, "-o", tmp_path / "out", "--base", published.sd3) == 1, "some inputs failed"
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "1.png" in record.getMessage()
     assert list(samples(tmp_path / "out")) == ["0.png-0.safetensors", "2.png-0.safetensors"]

@@ -1,8 +1,8 @@
 """The command ``tsdsr``: finds and runs the subcommand, and turns errors into messages and exit codes.
 
-Exit codes: 0 done; 1 some inputs failed, memory ran out, a training diverged or standard output cannot be written; 2 the
-command cannot be carried out as given; 128 and the signal's number where one ended it: 129, 130, 141 or 143.  A bug shows
-its traceback, with exit code 1.
+Exit codes: 0 done; 1 some inputs failed, memory or disk space ran out, a training diverged or standard output cannot be
+written; 2 the command cannot be carried out as given; 128 and the signal's number where one ended it: 129, 130, 141 or 143.
+A bug shows its traceback, with exit code 1.
 """
 
 from __future__ import annotations
@@ -183,9 +183,11 @@ def _run(arguments: list[str], alone: bool) -> int:
     except BrokenPipeError:
         raise
     except (InputError, OSError, FloatingPointError) as error:
+        from ..system.atomic import is_full  # here, where torch is imported already
+
         _show_trace(options.debug)
         print(f"tsdsr {options.command}: error: {_message(error)}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return 1 if isinstance(error, FloatingPointError) or is_full(error) else 2
     except (RuntimeError, MemoryError) as error:
         said = _exhausted(error, options)
         if said is None:

@@ -109,11 +109,11 @@ def run(options: argparse.Namespace) -> int:
     text = TextEncoder(options.base, device) if _wants_text(options) else None
     if text is not None:
         _write_prompts(text, options.prompt, options.output, DTYPES[options.dtype])
-    if tasks:
-        encoders = Encoders(vae.to(device), text, captions, DTYPES[options.dtype])
-        _make(tasks, pending, settings, encoders, options.workers)
-        _write_index(tasks, settings, options.output)
-    return 0
+    if not tasks:
+        return 0
+    encoders = Encoders(vae.to(device), text, captions, DTYPES[options.dtype])
+    _make(tasks, pending, settings, encoders, options.workers)
+    return 0 if _write_index(tasks, settings, options.output) == len(tasks) else 1
 
 
 @dataclass(frozen=True)
@@ -292,8 +292,8 @@ def _make(tasks: Sequence[Task], pending: Sequence[Task], settings: Settings, en
             bar.update(len(task.files))
 
 
-def _write_index(tasks: Sequence[Task], settings: Settings, output: Path) -> None:
-    """Write the index of all samples, earlier ones included, and print a summary."""
+def _write_index(tasks: Sequence[Task], settings: Settings, output: Path) -> int:
+    """Write the index of all samples, earlier ones included, and print a summary; returns how many images were read."""
     made = [task for task in tasks if all(file.exists() for file in task.files)]
     files = {file.name for task in made for file in task.files}
     if (output / INDEX).is_file():
@@ -302,3 +302,4 @@ def _write_index(tasks: Sequence[Task], settings: Settings, output: Path) -> Non
         raise InputError(f"none of the {len(tasks)} images can be read: {output} has no samples")
     write_index(output, settings, sorted(files))
     print(f"{output}  {len(files)} crops; {len(made)} of {len(tasks)} images read")
+    return len(made)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -18,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import InputError
-from ..system.atomic import reason, write_bytes
+from ..system.atomic import bytes_writer, reason, write_files
 from .containers import ICC, Chunk, Parts
 from .formats import FORMATS, RefusedError, check_suffix, identify
 from .metadata import check_metadata, colour_chunks_that_matter, exif_of_size, profile_space, xmp_of_size
@@ -181,6 +182,19 @@ def write_picture(path: Path, picture: Picture) -> None:
         InputError: for an unknown suffix, alpha in a format without alpha, or a size that exceeds the format's maximum.
         OSError: if it cannot be written, with the reason.
     """
+    write_pictures({path: picture})
+
+
+def write_pictures(pictures: Mapping[Path, Picture]) -> None:
+    """Write several images as ``write_picture`` does, all or none."""
+    encoded = {path: _encoded(path, picture) for path, picture in pictures.items()}
+    write_files({path: bytes_writer(data) for path, (data, _) in encoded.items()})
+    for path, (_, left_out) in encoded.items():
+        _warn(path, left_out)
+
+
+def _encoded(path: Path, picture: Picture) -> tuple[bytes, list[str]]:
+    """The contents of the file, and what its format cannot store."""
     height, width = picture.rgb.shape[2:]
     kind = check_output(path, picture.alpha is not None, (height, width))
     deep = picture.deep and kind in _DEEP
@@ -199,8 +213,7 @@ def write_picture(path: Path, picture: Picture) -> None:
         data, refused = encode(array, kind, Parts(icc, exif, xmp, picture.iptc, list(picture.chunks)))
     except Exception as error:  # encoders can raise anything
         raise InputError(f"{path} cannot be encoded as {kind}: {reason(error)}") from error
-    write_bytes(path, data)
-    _warn(path, left_out + refused)
+    return data, left_out + refused
 
 
 def check_output(path: Path, has_alpha: bool, size: tuple[int, int]) -> str:

@@ -29,6 +29,7 @@ _REASONS = {
     errno.EFBIG: "the file would be larger than is allowed",
     **({errno.EDQUOT: "the disk quota is used up"} if hasattr(errno, "EDQUOT") else {}),
 }  # fmt: skip
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 """Errors of file systems that do not support fsync."""
 
@@ -39,9 +40,7 @@ class _WriteError(OSError):
 
 def reason(error: BaseException) -> str:
     """The reason of an error in words, on one line, without error numbers and names of temporary files."""
-    number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, SafetensorError) and (said := re.search(r"os error (\d+)", str(error))):
-        number = int(said[1])
+    number = _number(error)
     if isinstance(error, UnicodeDecodeError):
         return "it is not UTF-8 text"
     if isinstance(error, json.JSONDecodeError):
@@ -54,6 +53,18 @@ def reason(error: BaseException) -> str:
     if not re.search(r"[^\W\d_]{2}", said):  # nothing, or only a number, as for a missing key
         said = "not enough memory" if isinstance(error, MemoryError) else f"{type(error).__name__} {said}".strip()
     return said
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, says that there is no more room for files."""
+    return _number(error) in _FULL or (error.__cause__ is not None and is_full(error.__cause__))
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's number of an error, which safetensors tells only in words."""
+    if isinstance(error, SafetensorError) and (said := re.search(r"os error (\d+)", str(error))):
+        return int(said[1])
+    return error.errno if isinstance(error, OSError) else None
 
 
 def no_file(path: Path) -> str:
@@ -99,7 +110,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         OSError: if that fails, with ``path`` and the reason.
     """
-    write_files({path: lambda temporary: _write_all(temporary, data)})
+    write_files({path: bytes_writer(data)})
 
 
 def write_files(writers: Mapping[Path, Write]) -> None:
@@ -167,11 +178,6 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _write_all(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-
-
 def _sync(path: Path) -> None:
     """Flush a file to the disk; some file systems report a full disk only then."""
     with path.open("r+b") as file:
@@ -189,6 +195,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         OSError: if it cannot be written.
     """
     write_files({path: safetensors_writer(tensors, metadata)})
+
+
+def bytes_writer(data: bytes) -> Write:
+    """A function that writes ``data``; for ``write_files``."""
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            file.write(data)
+
+    return write
 
 
 def safetensors_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Write:

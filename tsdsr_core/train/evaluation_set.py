@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..images.files import Picture, read_header, read_picture, write_picture
+from ..images.files import Picture, read_header, read_picture, write_pictures
 from ..images.jobs import collect
 from ..system.atomic import check_target
 from .data.degradations import degrade
@@ -28,7 +28,7 @@ def make_evaluation_set(photos: Path, out: Path, presets: Sequence[str]) -> list
         presets: names of degradations (``degradations.PRESET_NAMES``).
 
     Returns:
-        The errors of files that are not images or are damaged; all others are written.
+        The errors of files that are not images or are damaged; all others are written, each with all of its inputs.
 
     Raises:
         InputError: for a folder without usable images, an image that is too small or would be overwritten, or two images of
@@ -45,12 +45,13 @@ def make_evaluation_set(photos: Path, out: Path, presets: Sequence[str]) -> list
         except InputError as error:
             failed.append(str(error))
             continue
-        write_picture(out / "hq" / f"{path.stem}.png", Picture(high[None]))
+        made = {out / "hq" / f"{path.stem}.png": Picture(high[None])}
         for preset in presets:
             name = f"{path.stem} {preset}"  # so that adding an image does not change the others
             seed = zlib.crc32(name.encode("utf-8", "surrogatepass"))
             low = degrade(high, SCALE, preset, torch.Generator().manual_seed(seed))
-            write_picture(out / _folder(preset) / f"{path.stem}.png", Picture(low[None]))
+            made[out / _folder(preset) / f"{path.stem}.png"] = Picture(low[None])
+        write_pictures(made)
     if len(failed) == len(paths):
         raise InputError(f"none of the {len(paths)} images can be read: {failed[0]}")
     return failed

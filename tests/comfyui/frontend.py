@@ -78,11 +78,9 @@ DRAWN = """count => !LiteGraph.vueNodesMode || document.querySelectorAll('.lg-no
 """Nodes 2.0 draws a while after a workflow is there; the classic view draws each frame as it is."""
 
 
-def types_of(path: Path) -> str:
+def types_of(workflow: str) -> str:
     """The types of a workflow's nodes, as ``SAME_TYPES`` compares them."""
-    return json.dumps(
-        sorted(node["type"] for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]), separators=(",", ":")
-    )
+    return json.dumps(sorted(node["type"] for node in json.loads(workflow)["nodes"]), separators=(",", ":"))
 
 
 def open_page(browser, address: str | None):
@@ -110,12 +108,13 @@ def open_page(browser, address: str | None):
 
 def drop(page, path: Path, text: str | None = None) -> None:
     """Open a workflow as if its file, or ``text`` in its place, were dropped onto the page."""
+    text = text or path.read_text(encoding="utf-8")
     page.errors.clear()
     page.evaluate("app.graph.clear()")
     page.wait_for_function(DRAWN, arg=0, timeout=WAIT)  # else Nodes 2.0 stumbles over nodes of the same number
-    page.evaluate(DROP, [text or path.read_text(encoding="utf-8"), path.name])
-    page.wait_for_function(SAME_TYPES, arg=types_of(path), timeout=WAIT)
-    page.wait_for_function(DRAWN, arg=len(json.loads(types_of(path))), timeout=WAIT)
+    page.evaluate(DROP, [text, path.name])
+    page.wait_for_function(SAME_TYPES, arg=types_of(text), timeout=WAIT)
+    page.wait_for_function(DRAWN, arg=len(json.loads(text)["nodes"]), timeout=WAIT)
     page.wait_for_timeout(500)
 
 

@@ -104,7 +104,7 @@ def open_template(page, name: str) -> None:
     card = page.get_by_role("dialog").get_by_text(name, exact=True).first
     browse_until(page, card, choose_pack)
     card.evaluate("card => card.click()", timeout=WAIT)  # a pointer would wait until every thumbnail has stopped moving
-    page.wait_for_function(SAME_TYPES, arg=types_of(FOLDER / f"{name}.json"), timeout=WAIT)
+    page.wait_for_function(SAME_TYPES, arg=types_of((FOLDER / f"{name}.json").read_text(encoding="utf-8")), timeout=WAIT)
     page.wait_for_timeout(500)
 
 
@@ -150,15 +150,33 @@ def test_the_template_browser_finds_them(query, page):
 
 
 def quick(path: Path) -> str:
-    """A template, with less to do: one step for a small picture, and frames that are not enlarged."""
+    """A template, with less to do: one step for a small picture, frames that are not enlarged, and SD3 at the result's size."""
     drawn = json.loads(path.read_text(encoding="utf-8"))
-    of_type = {node["type"]: node["widgets_values"] for node in drawn["nodes"] if node.get("widgets_values")}
+    of_type = {node["type"]: node for node in drawn["nodes"]}
     if "EmptySD3LatentImage" in of_type:
-        of_type["EmptySD3LatentImage"][:2] = [64, 64]
-        of_type["KSampler"][2] = 1
+        of_type["EmptySD3LatentImage"]["widgets_values"][:2] = [64, 64]
+        of_type["KSampler"]["widgets_values"][2] = 1
     if "LoadVideo" in of_type:
-        of_type["TSDSRUpscale"][1] = 1
+        of_type["TSDSRUpscale"]["widgets_values"][1] = 1
+    if {"TSDSRLoadLora", "TSDSRUpscale"} <= of_type.keys():
+        _put_before(drawn, of_type["TSDSRUpscale"], "model", "TestSmallModel")
     return json.dumps(drawn)
+
+
+def _put_before(drawn: dict, node: dict, name: str, kind: str) -> None:
+    """Put a node of one input and one output before an input of ``node``, far from the others."""
+    entry = next(entry for entry in node["inputs"] if entry["name"] == name)
+    link = next(link for link in drawn["links"] if link[0] == entry["link"])
+    number, after = 1 + max(each["id"] for each in drawn["nodes"]), 1 + max(link[0] for link in drawn["links"])
+    drawn["nodes"].append({
+        "id": number, "type": kind, "pos": [-2000, -2000], "size": [200, 60], "flags": {}, "order": 0, "mode": 0,
+        "inputs": [{"name": name, "type": link[5], "link": link[0]}],
+        "outputs": [{"name": name, "type": link[5], "links": [after]}], "properties": {},
+    })  # fmt: skip
+    drawn["links"].append([after, number, 0, *link[3:]])
+    link[3:5] = number, 0
+    entry["link"] = after
+    drawn["last_node_id"], drawn["last_link_id"] = number, after
 
 
 @by_name

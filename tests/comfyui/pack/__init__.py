@@ -73,6 +73,20 @@ class Wrapped:
         return (patched,)
 
 
+class SmallModel:
+    """A model that runs at the size of the result, not at SD3's least of 512 pixels, which take a minute of a CPU."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, model):
+        patched = model.clone()
+        patched.set_attachments("tsdsr_defaults", {"process_size": 0})
+        return (patched,)
+
+
 class OtherModel:
     """A model and a VAE of other families."""
 
@@ -307,6 +321,7 @@ NODE_CLASS_MAPPINGS = {
     "TestOddImage": OddImage,
     "TestOddLatent": OddLatent,
     "TestWrapped": Wrapped,
+    "TestSmallModel": SmallModel,
     "TestOtherModel": OtherModel,
     "TestCoarseVae": CoarseVae,
     "TestCompiledVae": CompiledVae,

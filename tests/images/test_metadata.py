@@ -163,7 +163,7 @@ BOMB = zlib.compress(bytes(3 * 2**20))
         ((b"pHYs", b"\0"), None),
         ((b"quAx", b"anything"), None),
     ],
-    ids=lambda value: f"{value[0].decode()}-{value[1][:12].hex()}" if isinstance(value, tuple) else "",
+    ids=lambda value: value[0].decode() if isinstance(value, tuple) else "",  # profiles hold the time, so their bytes change
 )
 def test_png_chunks_that_are_damaged_or_too_large(chunk, name, deep, tmp_path, caplog):
     (tmp_path / "x.png").write_bytes(png(chunk, deep=deep))

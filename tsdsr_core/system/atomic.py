@@ -30,6 +30,7 @@ _REASONS = {
     **({errno.EDQUOT: "the disk quota is used up"} if hasattr(errno, "EDQUOT") else {}),
 }  # fmt: skip
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+"""Errors for want of room, which need other means than another command; Windows has no EDQUOT."""
 _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 """Errors of file systems that do not support fsync."""
 

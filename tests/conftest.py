@@ -21,9 +21,8 @@ hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this system does not have, and group what ``pytest -n`` runs in one process."""
+    """Skip what this system does not have."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
         if item.get_closest_marker("posix") and sys.platform == "win32":
             item.add_marker(pytest.mark.skip(reason="Windows has no pipes, signals, file size limits or such file names"))
         if item.get_closest_marker("linux") and sys.platform != "linux":
@@ -36,13 +35,6 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
     return report
-
-
-def _group(item: pytest.Item) -> str:
-    """All tests of a ComfyUI share one server, those of a file share its fixtures."""
-    page = getattr(item, "callspec", None) and item.callspec.params.get("page")
-    needs_host = "host" in getattr(item, "fixturenames", ()) and page != "recorded"
-    return "host" if needs_host or page == "host" else str(item.path)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """VSD, TSD and TSD + DASM on drawn digits: small enough for two CPU cores, with the project's own losses, trainer and loop.
 
-    python docs/experiments/digits.py --out runs/digits                # the whole table and the picture: about 25 minutes
+    python docs/experiments/digits.py --out runs/digits --processes 2  # the whole table and the picture
     python docs/experiments/digits.py --out runs/digits --seeds 1
 
 Digits of 28x28 pixels, drawn with random shape, width and slant, are 64 numbers each (principal components).  The teacher, psi,
@@ -16,7 +16,10 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -239,36 +242,71 @@ class Judge:
         return self.basis.decode(restored_latent(networks, self.low)).clamp(-1, 1)
 
 
-def experiment(size: Size, seeds: int, out: Path, more: bool = True) -> tuple[dict[str, list[float]], Tensor]:
+@dataclass(frozen=True)
+class Problem:
+    """What all students share: the digits, the teacher, where they start and who judges them."""
+
+    size: Size
+    data: tuple[Tensor, Tensor]
+    teacher: Velocity
+    start: Velocity
+    judge: Judge
+
+    @classmethod
+    def of(cls, size: Size) -> Problem:
+        """Draw the digits and train the teacher, the start and the classifier."""
+        images, labels = draw_digits(size.digits, 0)
+        judged = draw_digits(size.judged, 1)[0]
+        basis = Basis.of(images)
+        judge = Judge(basis, judged, degrade(judged, 2), train_classifier(images, labels))
+        teacher = train_teacher(basis.encode(images), labels, size)
+        return cls(size, (images, labels), teacher, start_student(teacher, basis, images, size), judge)
+
+    def run(self, objective: Mapping[str, Any], fake_rate: float, seed: int, out: Path) -> Tensor:
+        """What one student restores after its training."""
+        size, basis = self.size, self.judge.basis
+        networks = train_student(self.start, self.teacher, basis, self.data, size, seed, objective, fake_rate, out)
+        return self.judge.restored(networks)
+
+
+def experiment(
+    size: Size, seeds: int, out: Path, more: bool = True, processes: int = 1
+) -> tuple[dict[str, list[float]], Tensor]:
     """Distances by arm, one for each seed, and a picture ``(1, H, W)`` in -1..1: a row for each arm.
 
     Args:
         more: also run the objectives with a phi that keeps up, and supervised training.
+        processes: students that are trained at the same time, each on one thread.
     """
-    images, labels = draw_digits(size.digits, 0)
-    judged = draw_digits(size.judged, 1)[0]
-    basis = Basis.of(images)
-    judge = Judge(basis, judged, degrade(judged, 2), train_classifier(images, labels))
-    teacher = train_teacher(basis.encode(images), labels, size)
-    start = start_student(teacher, basis, images, size)
-    began = judge.restored(Digits(basis, start, teacher))
-    found = {"digits in 64 components (bound)": [judge.distance(basis.decode(basis.encode(judged)).clamp(-1, 1))]}
+    problem = Problem.of(size)
+    judge, basis = problem.judge, problem.judge.basis
+    began = judge.restored(Digits(basis, problem.start, problem.teacher))
+    found = {"digits in 64 components (bound)": [judge.distance(basis.decode(basis.encode(judge.images)).clamp(-1, 1))]}
     found["where the student starts"] = [judge.distance(began)]
-    rows, restored = [judged, judge.low.clamp(-1, 1), began], began
     arms = [(name, settings, 2e-5) for name, settings in ARMS.items()]
     if more:
         arms += [(f"{name}, fast phi", ARMS[name], FAST_FAKE) for name in ("VSD", "TSD", "TSD + DASM")]
         arms.append(("supervised", {"name": "supervised", "latent_weight": 1.0}, 2e-5))
-    for name, settings, rate in arms:
-        found[name] = []
-        for seed in range(seeds):
-            networks = train_student(start, teacher, basis, (images, labels), size, 10 + seed, settings, rate, out)
-            restored = judge.restored(networks)
-            found[name].append(judge.distance(restored))
-        rows.append(restored)
-        print(f"{name:36} {'  '.join(f'{value:6.1f}' for value in found[name])}", flush=True)
-    picture = torch.cat([torch.cat(list(row[:20]), 2) for row in rows], 1)
-    return found, picture
+    runs = [(settings, rate, 10 + seed, out) for _, settings, rate in arms for seed in range(seeds)]
+    rows = [judge.images, judge.low.clamp(-1, 1), began]
+    with _workers(problem, processes) as run:
+        results = iter(run(runs))
+        for name, *_ in arms:
+            restored = [next(results) for _ in range(seeds)]
+            found[name] = [judge.distance(each) for each in restored]
+            rows.append(restored[-1])
+            print(f"{name:36} {'  '.join(f'{value:6.1f}' for value in found[name])}", flush=True)
+    return found, torch.cat([torch.cat(list(row[:20]), 2) for row in rows], 1)
+
+
+@contextmanager
+def _workers(problem: Problem, processes: int) -> Iterator[Callable[[Iterable[tuple]], Iterator[Tensor]]]:
+    """A function that maps ``Problem.run`` over its arguments, in order."""
+    if processes == 1:
+        yield lambda runs: (problem.run(*each) for each in runs)
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        yield lambda runs: pool.map(problem.run, *zip(*runs, strict=True))
 
 
 def main() -> None:
@@ -276,10 +314,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for digits.json and digits.png")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--miniature", action="store_true", help="a minute instead of half an hour")
+    parser.add_argument("--processes", type=int, default=1, help="students trained at the same time, each on one thread")
+    parser.add_argument("--miniature", action="store_true", help="about a minute")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    found, picture = experiment(MINIATURE if options.miniature else Size(), options.seeds, options.out)
+    torch.set_num_threads(1)  # products as small as these gain nothing from more
+    size = MINIATURE if options.miniature else Size()
+    found, picture = experiment(size, options.seeds, options.out, processes=options.processes)
     for name, values in found.items():
         print(f"| {name} | {' | '.join(f'{value:.1f}' for value in values)} |")
     (options.out / "digits.json").write_text(json.dumps(found, indent=1), encoding="utf-8")

@@ -46,7 +46,7 @@ def measured(host, graph) -> tuple[np.ndarray, float, int]:
 def decoding(node: str, samples: str, options: dict, again: int) -> Graph:
     graph = Graph()
     image = graph.add("LoadImage", image="large.png")
-    image = graph.add("ImageScale", image=(image, 0), upscale_method="area", width=256, height=256, crop="center")
+    image = graph.add("ImageScale", image=(image, 0), upscale_method="area", width=192, height=192, crop="center")
     vae = graph.add("VAELoader", vae_name="sd3.safetensors")
     latent = graph.add("VAEEncode", pixels=(image, 0), vae=(vae, 0))
     latent = graph.add("LatentMultiply", samples=(latent, 0), multiplier=1 + 1e-6 * again)  # or the host shows what it kept

@@ -1,6 +1,6 @@
 """Put the same part of several pictures next to each other, with titles: how the comparison in the README was made.
 
-    python docs/side_by_side.py OUT.png --box LEFT TOP WIDTH HEIGHT "TITLE=FILE" "TITLE=FILE" ... [--row ...]
+    python docs/side_by_side.py OUT.png --box LEFT TOP WIDTH HEIGHT --row "TITLE=FILE" "TITLE=FILE" ...  [--box ... --row ...]
 
 Smaller pictures are enlarged bicubically to the size of the largest of their row first.
 """

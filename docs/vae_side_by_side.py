@@ -21,9 +21,10 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from tsdsr_core.cli.bench.benchmark import machine, peak_memory, synchronise
+from tsdsr_core.cli.bench.benchmark import machine, synchronise
 from tsdsr_core.sd3.config import VAE_CONFIG
 from tsdsr_core.system.device import DTYPES, choose_device, choose_dtype, free_memory, free_ram, release_memory
+from tsdsr_core.system.peak import peak_memory
 from tsdsr_core.vae.execute import plan_and_run
 from tsdsr_core.vae.plan import plan_tiles
 from tsdsr_core.vae.program import decoder_program, in_windows
@@ -69,12 +70,13 @@ def main() -> None:
     results, seconds, peaks = {}, {name: [] for name in decoders}, {name: [] for name in decoders}
     for _ in range(options.repeats):
         for name, decode in decoders.items():
-            with peak_memory(device) as peak:
+            release_memory(device)
+            with peak_memory(device) as memory:
                 start = time.perf_counter()
                 result = decode(latent)
                 synchronise(device)
                 seconds[name].append(time.perf_counter() - start)
-                peaks[name].append(peak())
+                peaks[name].append(memory.growth)
             results[name] = result.float().cpu()
             del result
     whole = results["untiled"]

@@ -13,7 +13,7 @@ from . import inputs
 from .checks import checked
 from .host import models, running
 from .host.schema import field, schema
-from .types import Model
+from .types import HostModel
 
 
 class ColorFix(io.ComfyNode):
@@ -46,7 +46,7 @@ class ColorFix(io.ComfyNode):
     @classmethod
     @checked
     def execute(
-        cls, image: Tensor, reference: Tensor, color_fix: dict[str, Any], model: Model | None = None
+        cls, image: Tensor, reference: Tensor, color_fix: dict[str, Any], model: HostModel | None = None
     ) -> io.NodeOutput:  # fmt: skip
         content, alpha = inputs.to_core(image)
         style, _ = inputs.to_core(reference)

@@ -50,8 +50,8 @@ def tiling() -> list[Any]:
         field(
             io.Int, "tile", default=0, min=0, max=384, step=2, advanced=True,
             tooltip="Tile size of the transformer in latent cells (1 cell = 8 pixels for SD3, 4 for the built-in model). "
-            "Larger tiles see more of the image at once but need more memory. 0 = automatic (about 64, smaller if memory is "
-            "limited).",
+            "Larger tiles see more of the image at once but need more memory. 0 = automatic (64 to 80, smaller if memory "
+            "is limited).",
         ),
         field(
             io.Int, "tile_overlap", default=OVERLAP, min=0, max=128, step=2, advanced=True,

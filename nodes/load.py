@@ -15,7 +15,7 @@ from . import inputs
 from .checks import checked
 from .host import files, loras, models
 from .host.schema import field, schema
-from .types import Model, Vae
+from .types import HostModel, Vae
 
 _LORAS = ("loras", files.FOLDER)
 _PROMPTS = (files.FOLDER, "embeddings")
@@ -105,7 +105,7 @@ class LoadLora(io.ComfyNode):
     @classmethod
     @checked
     def execute(
-        cls, model: Model, vae: Vae, transformer_lora: str, vae_lora: str, transformer_strength: float, vae_strength: float,
+        cls, model: HostModel, vae: Vae, transformer_lora: str, vae_lora: str, transformer_strength: float, vae_strength: float,
         vae_precision: str,
     ) -> io.NodeOutput:  # fmt: skip
         models.check_sd3(model)

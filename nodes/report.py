@@ -1,4 +1,4 @@
-"""What TSD-SR Upscale shows on the node after a run: sizes, tiles, seconds, and what the automatic settings came to."""
+"""What TSD-SR Upscale shows on the node after a run: sizes, tiles, seconds, memory, and what the automatic settings came to."""
 
 from __future__ import annotations
 
@@ -40,12 +40,15 @@ class Report:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._reached
         self._reached = now
 
-    def text(self, images: int, size: Size, plan: SizePlan, automatic: Collection[str], levels: int | None) -> str:
+    def text(
+        self, images: int, size: Size, plan: SizePlan, peak: int | None, automatic: Collection[str], levels: int | None
+    ) -> str:
         """The report in few and short lines: the classic view shows two of them, Nodes 2.0 all.
 
         Args:
             images: how many there were, of one ``size``.
             automatic: names of the settings that were left to the node.
+            peak: bytes of memory, of the device or, on the CPU, of the process; None if they are not known.
             levels: of the wavelet colour fix; None for another.
         """
         count = f"{images} images, " if images > 1 else ""
@@ -56,6 +59,8 @@ class Report:
             f"{count}{_shown(size)} → {_shown(plan.target)}{processed}, {tiles}",
             ", ".join(f"{name} {seconds:.{int(seconds < 9.95)}f} s" for name, seconds in self.seconds.items()),
         ]
+        if peak is not None:
+            lines.append(f"peak memory {peak / 1e9:.1f} GB")
         shown_above = ("tile", "tile_batch") if each > 1 else ()
         chosen = [name for name in shown_above if name in automatic]
         if levels and "wavelet_levels" in automatic:

@@ -9,7 +9,7 @@ from .checks import checked
 from .host import models
 from .host.sampling import OneStepSampler, run_one_step
 from .host.schema import field, schema
-from .types import Conditioning, Latent, Model
+from .types import Conditioning, HostModel, Latent
 
 
 class OneStep(io.ComfyNode):
@@ -35,7 +35,7 @@ class OneStep(io.ComfyNode):
     @classmethod
     @checked
     def execute(
-        cls, model: Model, conditioning: Conditioning, latent: Latent, strength: float, tile: int, tile_overlap: int,
+        cls, model: HostModel, conditioning: Conditioning, latent: Latent, strength: float, tile: int, tile_overlap: int,
         tile_batch: int,
     ) -> io.NodeOutput:  # fmt: skip
         models.check_sd3(model)

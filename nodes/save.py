@@ -10,7 +10,7 @@ from . import inputs
 from .checks import checked
 from .host import bundling, files, models, running, sampling
 from .host.schema import field, schema
-from .types import Conditioning, Model, Vae
+from .types import Conditioning, HostModel, Vae
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -48,7 +48,7 @@ class SaveCheckpoint(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, model: Model, vae: Vae, conditioning: Conditioning, filename_prefix: str, dtype: str) -> io.NodeOutput:
+    def execute(cls, model: HostModel, vae: Vae, conditioning: Conditioning, filename_prefix: str, dtype: str) -> io.NodeOutput:
         sampling.check_model(model)
         sampling.check_conditioning(conditioning, model)
         models.check_vae(vae, model)

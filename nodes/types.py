@@ -61,7 +61,7 @@ class Patcher(Protocol):
     def model_state_dict(self) -> dict[str, Tensor]: ...
 
 
-class Model(Patcher, Protocol):
+class HostModel(Patcher, Protocol):
     """MODEL."""
 
     model: BaseModel  # type: ignore[assignment]

@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 from ..tsdsr_core.alpha import enlarge_alpha
 from ..tsdsr_core.image_size import PROCESS_SIZE, SCALE_RANGE, Size, SizePlan, plan_target, target_size
 from ..tsdsr_core.pipeline import Options, Stages, run_stages
+from ..tsdsr_core.system.peak import peak_memory
 from . import inputs
 from .checks import checked
 from .host import models, running, sampling
@@ -18,7 +19,7 @@ from .host import vae as host_vae
 from .host.draft import Draft
 from .host.schema import field, schema
 from .report import Report
-from .types import Conditioning, Model, Vae
+from .types import Conditioning, HostModel, Vae
 
 _LARGEST = 16384
 _MOST_PIXELS = _LARGEST**2
@@ -78,7 +79,7 @@ class Upscale(io.ComfyNode):
     @classmethod
     @checked
     def execute(
-        cls, image: torch.Tensor, model: Model, vae: Vae, conditioning: Conditioning, size: dict[str, Any], strength: float,
+        cls, image: torch.Tensor, model: HostModel, vae: Vae, conditioning: Conditioning, size: dict[str, Any], strength: float,
         color_fix: dict[str, Any], tile: int, tile_overlap: int, tile_batch: int, vae_tile: int = 0, draft: bool = False,
     ) -> io.NodeOutput:  # fmt: skip
         sampling.check_model(model)
@@ -96,7 +97,7 @@ class Upscale(io.ComfyNode):
         target = _target((rgb.shape[2], rgb.shape[3]), size)
         plan = plan_target(target, factor * model.model.diffusion_model.patch_size, options.process_size)
         host_vae.check_memory(vae, *plan.padded, vae_tile or None, decodes=not draft)
-        progress = running.Progress(len(rgb) * _units(plan, factor, model, options))
+        progress = running.NodeProgress(len(rgb) * _units(plan, factor, model, options))
         report = Report()
         stages = Stages(
             encode=report.timed("encode", lambda pixels: host_vae.encode(vae, pixels, progress, vae_tile or None)),
@@ -117,15 +118,16 @@ class Upscale(io.ComfyNode):
         def finished(restored: torch.Tensor, *alpha: torch.Tensor) -> torch.Tensor:
             return inputs.to_host(restored, enlarge_alpha(alpha[0], target) if alpha else None)
 
-        for index, restored in enumerate(run_stages(rgb, plan, stages, options, report.progress)):
-            own = () if alpha is None else (alpha[index : index + 1],)
-            result[index : index + 1] = stages.image_device.run(*target, finished, restored, *own)
-            if len(rgb) > 1:
-                running.show_text(cls, f"{index + 1}/{len(rgb)} images")
+        with peak_memory(vae.patcher.load_device) as memory:
+            for index, restored in enumerate(run_stages(rgb, plan, stages, options, report.progress)):
+                own = () if alpha is None else (alpha[index : index + 1],)
+                result[index : index + 1] = stages.image_device.run(*target, finished, restored, *own)
+                if len(rgb) > 1:
+                    running.show_text(cls, f"{index + 1}/{len(rgb)} images")
         given = {"tile": tile, "tile_batch": tile_batch, **color_fix}
         automatic = [name for name, value in given.items() if value == 0]
         levels = options.wavelet_levels if "wavelet_levels" in color_fix else None
-        text = report.text(len(rgb), (rgb.shape[2], rgb.shape[3]), plan, automatic, levels)
+        text = report.text(len(rgb), (rgb.shape[2], rgb.shape[3]), plan, memory.peak, automatic, levels)
         running.show_text(cls, text)
         return io.NodeOutput(result, ui=ui.PreviewText(text))
 
@@ -133,7 +135,7 @@ class Upscale(io.ComfyNode):
 def _units(plan: SizePlan, factor: int, model: Any, options: Options) -> int:
     """Progress units of one image: its tiles in all stages."""
     latents = torch.empty(1, 1, plan.padded[0] // factor, plan.padded[1] // factor, device="meta")
-    return 2 * host_vae.UNITS + len(sampling.plan_tiles(latents, model, options))
+    return 2 * host_vae.UNITS + len(sampling.plan_transformer_tiles(latents, model, options))
 
 
 def _target(size: Size, wanted: dict[str, Any]) -> Size:

@@ -49,7 +49,7 @@ class Encode(io.ComfyNode):
         rgb, _ = inputs.to_core(image)
         factor = host_vae.factor_of(vae)
         size = plan_target((rgb.shape[2], rgb.shape[3]), factor * _PATCH, process_size=0)
-        progress, device = running.Progress(len(rgb) * host_vae.UNITS), running.image_device(vae.patcher)
+        progress, device = running.NodeProgress(len(rgb) * host_vae.UNITS), running.image_device(vae.patcher)
 
         def encode(image: Tensor) -> Tensor:
             return host_vae.encode(vae, to_pixels(image, size), progress, vae_tile or None)
@@ -92,7 +92,7 @@ class Decode(io.ComfyNode):
             raise ValueError(
                 f"the latent was encoded with {own} pixels per cell, but the VAE has {factor}: connect the VAE of TSD-SR Encode"
             )
-        progress, device = running.Progress(samples.shape[0] * host_vae.UNITS), running.image_device(vae.patcher)
+        progress, device = running.NodeProgress(samples.shape[0] * host_vae.UNITS), running.image_device(vae.patcher)
         host_vae.check_latents(vae, samples)
         top, left, height, width = placement.image_area(latent, factor)
         size = plan_target((height, width), 1, process_size=0)

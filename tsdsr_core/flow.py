@@ -37,11 +37,6 @@ def add_noise(z0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
     return (1.0 - sigma) * z0 + sigma * noise
 
 
-def x0_from_velocity(z_t: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
-    """``z_0 = z_t - sigma v``: the clean latent that a velocity at noise level ``sigma`` predicts."""
-    return z_t - sigma * velocity
-
-
 def shifted(sigma: Tensor, shift: float = SHIFT) -> Tensor:
     """``m s / (1 + (m - 1) s)``: noise levels shifted towards more noise (Esser et al. 2024, eq. 23; SD3 has ``m = 3``)."""
     return shift * sigma / (1 + (shift - 1) * sigma)

@@ -15,7 +15,7 @@ from .image_size import Size, SizePlan
 _MULTIPLE = 8
 
 
-def plan_size(size: Size, scale: float, multiple: int, process_size: int) -> SizePlan:
+def plan_published_size(size: Size, scale: float, multiple: int, process_size: int) -> SizePlan:
     """Sizes as the published script computes them: the working size is floored to multiples of 8.
 
     Args:
@@ -45,7 +45,7 @@ def enlarge(image: Tensor, size: Size) -> Tensor:
     return F.interpolate(image, size, mode="bicubic", align_corners=False).clamp(0, 1)
 
 
-def match_input(restored: Tensor, image: Tensor, target: Size, colour_fix: str, wavelet_levels: int) -> Tensor:
+def match_published(restored: Tensor, image: Tensor, target: Size, colour_fix: str, wavelet_levels: int) -> Tensor:
     """Resize to ``target`` and apply the colour fix, rounding to 8 bits; tensors ``(B, 3, H, W)`` in 0..1."""
     restored = _resized(restored, target)
     style = image if colour_fix == "adain" else _resized(image, target)

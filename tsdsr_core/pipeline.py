@@ -24,7 +24,7 @@ from .tiles.memory import TileMemory
 from .tiles.plan import MIN_TILE, OVERLAP, TILE, Tiling, choose_tiling
 
 STRENGTH_RANGE = (0.0, 2.0)
-_ADVICE = "run the model in fp32 (--dtype fp32), and check that the LoRA fits it"
+_ADVICE = "run the model in fp32 (--dtype fp32; in ComfyUI --fp32-unet or vae_precision fp32), and check that the LoRA fits it"
 """Where values are not finite."""
 
 GROUP_PIXELS = 1 << 23
@@ -70,10 +70,9 @@ class Options:
     strength: float = 1.0
     recipe: str = "default"
     tile: int | None = None
-    """Side in latent cells, at least 16; None for about the published 64, or less where the model sees less or memory is
-    short."""
+    """Side in latent cells, at least 16; None for 64 to 80, or less if the model supports less or memory is limited."""
     tile_overlap: int = OVERLAP
-    """Least overlap in latent cells, at most three quarters of the tile."""
+    """Minimum overlap in latent cells, at most three quarters of the tile."""
     tile_batch: int | None = None
     """None for as many as fit into memory."""
     process_size: int = PROCESS_SIZE
@@ -216,7 +215,7 @@ def stages_of(model: Model, options: Options, progress: Progress = _quiet) -> St
 def tiling_of(model: Model, options: Options) -> Tiling:
     """The tiling of ``options`` for ``model``; raises ``InputError`` where they do not suit it."""
     if options.tile is not None and model.longest_side is not None and options.tile > model.longest_side:
-        raise InputError(f"tile {options.tile} is above the {model.longest_side} latent cells that this model can see")
+        raise InputError(f"tile {options.tile} is above the {model.longest_side} latent cells that this model supports")
     return options.tiling(model.patch, model.longest_side, model.memory)
 
 
@@ -265,10 +264,10 @@ def match_input(restored: Tensor, image: Tensor, target: Size, options: Options)
 
 
 def _match_official(restored: Tensor, image: Tensor, target: Size, options: Options) -> Tensor:
-    return official.match_input(restored, image, target, options.colour_fix, options.wavelet_levels)
+    return official.match_published(restored, image, target, options.colour_fix, options.wavelet_levels)
 
 
 RECIPES = {
     "default": Recipe(plan_size, bicubic, match_input),
-    "official": Recipe(official.plan_size, official.enlarge, _match_official),
+    "official": Recipe(official.plan_published_size, official.enlarge, _match_official),
 }

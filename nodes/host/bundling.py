@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...tsdsr_core.weights.bundle import Bundle, vae_weights
 from ...tsdsr_core.weights.vae_keys import weights_to_diffusers
-from ..types import Conditioning, Model, Patcher, Vae
+from ..types import Conditioning, HostModel, Patcher, Vae
 from . import layers, running
 from .models import NORM_GROUPS, PREVIEW, defaults_of, from_conditioning, plain_key, vae_shape
 from .vae import uncompiled
@@ -31,7 +31,7 @@ def merged_weights(patcher: Patcher, prefix: str, dtype: torch.dtype | None = No
     if quantised:
         raise ValueError(f"the model is quantised ({quantised[0]}): to save a checkpoint, load the model unquantised")
     entries = patcher.get_key_patches(prefix)
-    progress = running.Progress(len(entries))
+    progress = running.NodeProgress(len(entries))
     merged = {}
     for key, ((weight, convert), *patches) in entries.items():
         value = convert(weight.to("cpu", torch.float32, copy=True), inplace=False)  # merging works in place
@@ -40,7 +40,7 @@ def merged_weights(patcher: Patcher, prefix: str, dtype: torch.dtype | None = No
     return merged
 
 
-def to_bundle(model: Model, vae: Vae, conditioning: Conditioning, dtype: torch.dtype, notes: Mapping[str, str]) -> Bundle:
+def to_bundle(model: HostModel, vae: Vae, conditioning: Conditioning, dtype: torch.dtype, notes: Mapping[str, str]) -> Bundle:
     """A self-contained bundle of native objects, their patches merged, with weights in ``dtype``.
 
     The VAE's are as ``vae_weights`` gives them.
@@ -102,7 +102,7 @@ def _transformer_config(unet: Mapping[str, Any], native: Mapping[str, Tensor], b
     }
 
 
-def _vae_config(shape: Mapping[str, Any], weights: Mapping[str, Tensor], model: Model) -> dict[str, Any]:
+def _vae_config(shape: Mapping[str, Any], weights: Mapping[str, Tensor], model: HostModel) -> dict[str, Any]:
     levels = len(shape["widths"])
     form = model.model.latent_format
     return {

@@ -45,7 +45,7 @@ class Draft:
             raise ValueError(f"draft: {path} is not the decoder of TAESD3: get it from github.com/madebyollin/taesd") from error
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, progress: running.Progress) -> Tensor:
+    def decode(self, latents: Tensor, progress: running.NodeProgress) -> Tensor:
         """Unscaled latents ``(B, 16, h, w)`` to pixels ``(B, 3, 8h, 8w)`` in about -1..1, fp32, on their device.
 
         In tiles with all that the decoder sees around them, so that their size changes nothing.

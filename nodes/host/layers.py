@@ -19,7 +19,7 @@ from ...tsdsr_core.system.atomic import reason
 from ...tsdsr_core.system.memory import is_out_of_memory
 from ...tsdsr_core.weights import float8, int8
 from ...tsdsr_core.weights.float8 import SCALE
-from ..types import Model
+from ..types import HostModel
 
 log = logging.getLogger("tsdsr")
 
@@ -59,7 +59,7 @@ def padded_to_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def remove_padding(model: Model, pooled: Tensor) -> None:
+def remove_padding(model: HostModel, pooled: Tensor) -> None:
     """Take the zeros out of a MODEL just loaded from ``padded_to_host`` weights; nobody else holds it yet."""
     diffusion = model.model.diffusion_model
     for module in diffusion.modules():

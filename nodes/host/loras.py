@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...tsdsr_core.weights.lora import Lora, check_fit
 from ...tsdsr_core.weights.vae_keys import to_original
-from ..types import Model, Patcher, Vae
+from ..types import HostModel, Patcher, Vae
 from .bundling import merged_weights
 from .models import build_vae, check_vae, plain_key, precise_dtype, vae_shape
 from .vae import uncompiled
@@ -33,11 +33,11 @@ class _Saved:
             return merged_weights(self.patcher, "")
 
 
-def patch_model(model: Model, lora: Lora, strength: float) -> Model:
+def patch_model(model: HostModel, lora: Lora, strength: float) -> HostModel:
     """A copy of the MODEL with the transformer's LoRA, all modules or none.
 
     Raises:
-        ValueError: where modules are left over or have other shapes.
+        ValueError: for modules that the model does not have, or that have other shapes there.
     """
     found: dict[str, Any] = comfy.lora.model_lora_keys_unet(model.model, {})
     targets = {name: found.get(f"transformer.{name}") for name in lora.pairs}
@@ -53,7 +53,7 @@ def patch_vae(vae: Vae, lora: Lora, strength: float, dtype: torch.dtype | None) 
         dtype: of the copy; None for the VAE's own, or a finer one where that is bf16.
 
     Raises:
-        ValueError: where modules are left over or have other shapes.
+        ValueError: for modules that the model does not have, or that have other shapes there.
     """
     check_vae(vae)
     with uncompiled(vae.first_stage_model):

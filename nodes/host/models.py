@@ -18,7 +18,7 @@ from ...tsdsr_core.vae.program import decoder_program, encoder_program
 from ...tsdsr_core.weights.bundle import Bundle, read_bundle
 from ...tsdsr_core.weights.prompt import PromptEmbeds
 from ...tsdsr_core.weights.vae_keys import weights_to_original
-from ..types import Conditioning, LatentFormat, Model, Patcher, Vae
+from ..types import Conditioning, HostModel, LatentFormat, Patcher, Vae
 from . import layers
 
 DEFAULTS: Final = "tsdsr_defaults"
@@ -35,7 +35,7 @@ NORM_GROUPS = 32
 """ComfyUI's autoencoder knows no other number."""
 
 
-def build_model(bundle: Bundle, **options: Any) -> Model:
+def build_model(bundle: Bundle, **options: Any) -> HostModel:
     """A MODEL from the merged transformer of a bundle; ``options`` are the host loader's.
 
     Raises:
@@ -121,7 +121,7 @@ def build_vae(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -
     return vae
 
 
-def load_bundle(path: Path, vae_dtype: torch.dtype | None = None) -> tuple[Model, Vae, Conditioning]:
+def load_bundle(path: Path, vae_dtype: torch.dtype | None = None) -> tuple[HostModel, Vae, Conditioning]:
     """MODEL, VAE and CONDITIONING of a merged bundle.
 
     Args:
@@ -156,7 +156,7 @@ def _bundled_vae(bundle: Bundle, dtype: torch.dtype | None) -> Vae:
     return build_vae(weights_to_original(bundle.vae, levels), dtype)
 
 
-def _load_model(path: Path, **options: Any) -> Model:
+def _load_model(path: Path, **options: Any) -> HostModel:
     return build_model(read_bundle(path), **options)
 
 
@@ -164,7 +164,7 @@ def _load_vae(path: Path, dtype: torch.dtype | None, disable_dynamic: bool = Fal
     return _bundled_vae(read_bundle(path), dtype).patcher
 
 
-def check_sd3(model: Model) -> None:
+def check_sd3(model: HostModel) -> None:
     """Raise ``ValueError`` unless ``model`` is a Stable Diffusion 3 model."""
     if not isinstance(model.model, comfy.model_base.SD3):
         name = type(model.model).__name__
@@ -173,7 +173,7 @@ def check_sd3(model: Model) -> None:
         )
 
 
-def check_vae(vae: Vae, model: Model | None = None) -> None:
+def check_vae(vae: Vae, model: HostModel | None = None) -> None:
     """Raise ``ValueError`` unless ``vae`` is an autoencoder in the layout of Stable Diffusion 3's, and the model's own.
 
     All nodes that take a VAE ask this before any work.  Others in SD3's layout pass, such as finetuned ones: they differ in
@@ -202,7 +202,7 @@ def check_vae(vae: Vae, model: Model | None = None) -> None:
     check_factor(int(vae.spacial_compression_encode()), model)
 
 
-def check_factor(factor: int | None, model: Model) -> None:
+def check_factor(factor: int | None, model: HostModel) -> None:
     """Raise ``ValueError`` where latents of ``factor`` pixels a cell are certainly not this MODEL's; None is not known.
 
     A MODEL of this pack's loaders carries its factor; one that takes the prompts of SD3's text encoders is SD3's.
@@ -238,7 +238,7 @@ def from_conditioning(conditioning: Conditioning) -> PromptEmbeds:
     return PromptEmbeds(tokens, extra["pooled_output"])
 
 
-def defaults_of(model: Model) -> dict[str, Any]:
+def defaults_of(model: HostModel) -> dict[str, Any]:
     """The options that suit ``model``, if it came with any: ``process_size``, ``wavelet_levels``."""
     return dict(model.get_attachment(DEFAULTS) or {})
 

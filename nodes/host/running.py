@@ -12,7 +12,7 @@ from ...tsdsr_core.system.memory import ImageDevice, is_out_of_memory
 from ..types import Patcher
 
 
-class Progress:
+class NodeProgress:
     """One progress bar for all stages of a node; also notices that the user pressed Cancel.
 
     ``update`` has the name and meaning of the host's ``ProgressBar.update``, so that host functions can drive it.

@@ -22,7 +22,7 @@ from ...tsdsr_core.pipeline import Options, pad_to
 from ...tsdsr_core.tiles.blend import velocity_in_memory
 from ...tsdsr_core.tiles.memory import CPU_BATCH, TileMemory
 from ...tsdsr_core.tiles.plan import TilePlan, Tiling
-from ..types import Conditioning, Model, Patcher
+from ..types import Conditioning, HostModel, Patcher
 from . import layers, placement, previews, running
 from .models import check_sd3
 
@@ -87,7 +87,7 @@ class OneStepSampler(comfy.samplers.Sampler):
             running.check_interrupted()
 
         memory = _memory(patcher, z.shape[1])
-        v = _crop(velocity_in_memory(velocity, padded, tiling_of(base, self.options, memory), memory, tick), z)
+        v = _crop(velocity_in_memory(velocity, padded, host_tiling(base, self.options, memory), memory, tick), z)
         placement.follow(z, v)
         if denoise_mask is not None:
             v = v * denoise_mask
@@ -95,12 +95,12 @@ class OneStepSampler(comfy.samplers.Sampler):
 
 
 def run_one_step(
-    model: Model,
+    model: HostModel,
     conditioning: Conditioning,
     latents: Tensor,
     options: Options,
     mask: Tensor | None = None,
-    progress: running.Progress | None = None,
+    progress: running.NodeProgress | None = None,
     used: TilesUsed | None = None,
 ) -> Tensor:
     """Run the step on unscaled latents ``(B, 16, h, w)``; returns the same shape in fp32 on the host's device for results.
@@ -115,7 +115,7 @@ def run_one_step(
     check_model(model)
     check_conditioning(conditioning, model)
     check_latents(latents, model)
-    plan = plan_tiles(latents, model, options)
+    plan = plan_transformer_tiles(latents, model, options)
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning})
     guider.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
@@ -133,18 +133,18 @@ def run_one_step(
     return output.to(comfy.model_management.intermediate_device())
 
 
-def plan_tiles(latents: Tensor, model: Any, options: Options) -> TilePlan:
+def plan_transformer_tiles(latents: Tensor, model: Any, options: Options) -> TilePlan:
     """Tiles over ``latents`` where memory is not short: what the host is asked to make room for."""
-    return tiling_of(model.model, options, TileMemory()).plan(*_padded(latents, model.model))
+    return host_tiling(model.model, options, TileMemory()).plan(*_padded(latents, model.model))
 
 
-def tiling_of(base: Any, options: Options, memory: TileMemory) -> Tiling:
+def host_tiling(base: Any, options: Options, memory: TileMemory) -> Tiling:
     """The tiling of ``options`` for the host model ``base``, within what its position table covers."""
     patch = base.diffusion_model.patch_size
     return options.tiling(patch, (base.diffusion_model.pos_embed_max_size or 0) * patch or None, memory)
 
 
-def check_model(model: Model) -> None:
+def check_model(model: HostModel) -> None:
     """Raise ``ValueError`` unless ``model`` is an SD3 model with its own timesteps."""
     check_sd3(model)
     timestep = float(model.get_model_object("model_sampling").timestep(torch.tensor(1.0)))
@@ -154,14 +154,14 @@ def check_model(model: Model) -> None:
         )
 
 
-def check_conditioning(conditioning: Conditioning, model: Model) -> None:
+def check_conditioning(conditioning: Conditioning, model: HostModel) -> None:
     """Raise ``ValueError`` unless ``conditioning`` is a prompt for ``model``."""
     if not conditioning:
         raise ValueError("the conditioning is empty: connect TSD-SR Load Prompt, or CLIP Text Encode with SD3's text encoders")
     check_prompts([{**extra, "cross_attn": tokens} for tokens, extra in conditioning], model)
 
 
-def check_prompts(prompts: list[dict[str, Any]], model: Model) -> None:
+def check_prompts(prompts: list[dict[str, Any]], model: HostModel) -> None:
     """Raise ``ValueError`` unless each of ``prompts``, as the host's sampling has them, suits ``model``."""
     own = model.get_attachment(layers.POOLED)
     for prompt in prompts:
@@ -197,7 +197,7 @@ def check_prompts(prompts: list[dict[str, Any]], model: Model) -> None:
         )
 
 
-def check_latents(latents: Tensor, model: Model) -> None:
+def check_latents(latents: Tensor, model: HostModel) -> None:
     """Raise ``ValueError`` unless ``latents`` are the model's: 4-dimensional, finite, not empty, of its channels."""
     wanted = model.model.latent_format.latent_channels
     if latents.is_nested or latents.ndim != 4 or 0 in latents.shape or latents.shape[1] != wanted:
@@ -236,7 +236,7 @@ def _ask_for_one_batch(model_options: dict[str, Any], plan: TilePlan, images: in
     comfy.patcher_extension.add_wrapper_with_key(kind, "tsdsr", prepare, model_options, is_model_options=True)
 
 
-def _callback(model: Model, progress: running.Progress | None) -> Any:
+def _callback(model: HostModel, progress: running.NodeProgress | None) -> Any:
     """The host's preview callback, counting into ``progress`` where the node has more stages than this."""
     if progress is None:
         return latent_preview.prepare_callback(model, 1)
@@ -253,7 +253,7 @@ def _callback(model: Model, progress: running.Progress | None) -> Any:
     return callback
 
 
-def _pooled_width(model: Model) -> int:
+def _pooled_width(model: HostModel) -> int:
     """Width of the pooled prompt that ``model`` takes."""
     own = model.get_attachment(layers.POOLED)
     return model.model.diffusion_model.y_embedder.mlp[0].in_features if own is None else own.shape[-1]

@@ -35,11 +35,11 @@ def factor_of(vae: Vae) -> int:
     return int(vae.spacial_compression_encode())
 
 
-def encode(vae: Vae, pixels: Tensor, progress: running.Progress, tile: int | None = None) -> Tensor:
+def encode(vae: Vae, pixels: Tensor, progress: running.NodeProgress, tile: int | None = None) -> Tensor:
     """Pixels ``(B, 3, H, W)`` in -1..1, sides multiples of the factor, to unscaled latents there ``(B, C, h, w)`` in fp32.
 
     Args:
-        tile: greatest side of a tile in pixels; None for what suits the memory.
+        tile: maximum side of a tile in pixels; None for what suits the memory.
 
     Raises:
         FloatingPointError: where the VAE overflows in fp32 too.
@@ -57,7 +57,7 @@ def check_latents(vae: Vae, latents: Tensor) -> None:
         raise ValueError("the latent has NaN or infinite values: check the image, and set vae_precision to fp32")
 
 
-def decode(vae: Vae, latents: Tensor, progress: running.Progress, tile: int | None = None) -> Tensor:
+def decode(vae: Vae, latents: Tensor, progress: running.NodeProgress, tile: int | None = None) -> Tensor:
     """Unscaled latents ``(B, C, h, w)`` to pixels ``(B, 3, H, W)`` in -1..1, fp32, on their device.
 
     Raises:
@@ -68,7 +68,7 @@ def decode(vae: Vae, latents: Tensor, progress: running.Progress, tile: int | No
     return _run_half(vae, "decoder", latents, progress, tile).float()
 
 
-def _run_half(vae: Vae, half: str, x: Tensor, progress: running.Progress, tile: int | None) -> Tensor:
+def _run_half(vae: Vae, half: str, x: Tensor, progress: running.NodeProgress, tile: int | None) -> Tensor:
     """Run a half of the VAE; in fp32 where 16 bits overflow, with its weights cast as they are used."""
     overflowed = _overflowed.setdefault(vae.first_stage_model, set())
     counted = 0
@@ -162,7 +162,7 @@ def _casting(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
             layer.comfy_cast_weights = cast
 
 
-def _ticker(progress: running.Progress, images: int, counted: int) -> Callable[[int, int], None]:
+def _ticker(progress: running.NodeProgress, images: int, counted: int) -> Callable[[int, int], None]:
     """Counts a run's tiles as ``UNITS`` for each image, but for those ``counted`` before; Cancel ends the run."""
 
     def tick(done: int, total: int) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 
 import pytest
 import torch
@@ -10,13 +9,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from tsdsr_core.cli import arguments, main
-from tsdsr_core.cli.bench import benchmark, command
+from tsdsr_core.cli.bench import command
 from tsdsr_core.cli.bench.benchmark import (
     Contender,
     count_flops,
     load_ours,
     load_published,
-    peak_memory,
     synchronise,
 )
 from tsdsr_core.pipeline import Model, Options, restore
@@ -115,14 +113,6 @@ def test_the_chosen_device_is_waited_for(monkeypatch):
     assert waited == [torch.device("cuda", 1)]
 
 
-def test_resident_memory_is_that_of_the_process():
-    with peak_memory(CPU) as peak:
-        held = torch.ones(50 * 2**20)
-        time.sleep(0.1)  # several looks
-        del held
-        assert 0.9 * 200 * 2**20 < peak() < 2 * 200 * 2**20
-
-
 def test_the_published_weights_do_not_count_to_our_memory(bench_folder, capsys, monkeypatch):
     """Of 8 GB on a device the published side's weights are 7."""
     monkeypatch.setattr(command, "memory_limit", lambda options, device: int(options.memory * 1e9))
@@ -131,12 +121,6 @@ def test_the_published_weights_do_not_count_to_our_memory(bench_folder, capsys, 
     assert report_of(bench_folder, capsys, "--memory", "1.1")["rows"][1]["seconds"] > 0
     assert main(["bench", "--dtype", "fp32", "--device", "cpu", "--work", str(bench_folder), "--memory", "1"]) == 2
     assert "--memory 1: the weights alone take 1.0 GB" in capsys.readouterr().err
-
-
-def test_memory_that_cannot_be_told_is_not_made_up(monkeypatch):
-    monkeypatch.setattr(benchmark, "release_memory", lambda device: None)
-    with peak_memory(torch.device("mps")) as peak:
-        assert peak() is None
 
 
 def test_wrong_sides_and_a_limit_without_a_gpu_are_named(capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tsdsr_core.cli import arguments
+from tsdsr_core.cli import arguments, main
 from tsdsr_core.system.imports import hidden
 
 ROOT = Path(__file__).parents[2]
@@ -95,3 +95,31 @@ def test_hidden_packages_are_found_again(monkeypatch):
     import colorsys
 
     assert colorsys.rgb_to_hsv(1, 1, 1) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("command", ["train", "train run", "train prepare", "train evalset", "train export", "bench"])
+def test_help_needs_no_package_of_the_extras(command):
+    program = (
+        "import sys\n"
+        "for name in ('peft', 'tensorboard', 'transformers'): sys.modules[name] = None\n"
+        "from tsdsr_core.cli import main\n"
+        "main(sys.argv[1:])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *command.split(), "--help"], capture_output=True, text=True, cwd=ROOT
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(f"usage: tsdsr {command}")
+
+
+@pytest.mark.parametrize("command", ["upscale", "bundle", "info", "eval", "bench", "perceptual-weights", "train prepare"])
+def test_help_is_plain_text(command, capsys):
+    """Sentences with an end, no markup, and no default that says nothing."""
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    shown = capsys.readouterr().out
+    description = shown.split("\n\n")[1]
+    assert description.rstrip().endswith(".")
+    assert description[0].isupper()
+    for said in ("``", "default: None", "default: []", "default: False", "(default: )"):
+        assert said not in shown

@@ -164,5 +164,5 @@ def test_maps_go_to_host_memory_where_the_device_really_runs_out(sd3, caplog):
         )  # fmt: skip
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
-    assert "going on with them in host memory" in caplog.records[0].getMessage()
+    assert "continuing with them in host memory" in caplog.records[0].getMessage()
     assert worst(result, untiled(vae, z.to(DEVICE)).cpu()) <= 0.02

@@ -2,14 +2,9 @@
 
 import torch
 
-from tsdsr_core.flow import add_noise, one_step, x0_from_velocity
+from tsdsr_core.flow import add_noise, one_step
 
 Z, NOISE = torch.randn(2, 2, 4, 3, 5, generator=torch.Generator().manual_seed(0)).unbind()
-
-
-def test_the_velocity_of_a_noised_latent_leads_back_to_it():
-    sigma = torch.tensor([0.1, 0.9])[:, None, None, None]
-    assert torch.allclose(x0_from_velocity(add_noise(Z, NOISE, sigma), NOISE - Z, sigma), Z, atol=1e-6)
 
 
 def test_the_ends_of_the_path_are_latent_and_noise():

@@ -62,7 +62,7 @@ def test_a_device_that_cannot_tell_what_is_free_has_what_this_program_does_not_h
         free_memory(torch.device("cuda"))
 
 
-def test_so_it_does_on_a_mac(monkeypatch):
+def test_free_memory_on_a_mac_is_what_metal_recommends_minus_what_is_held(monkeypatch):
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 100)
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 40)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 90)

@@ -84,7 +84,7 @@ def test_pictures_go_on_on_the_cpu_where_the_device_fails(error, caplog):
     assert (tried, released) == (["meta", "cpu", "cpu"], [1]), "the device is not asked again"
     said = str(error).partition("\n")[0]
     assert [record.getMessage() for record in caplog.records] == [
-        f"images of 7x5 pixels failed on meta ({said}); going on with them on the CPU"
+        f"images of 7x5 pixels failed on meta ({said}); continuing with them on the CPU"
     ]
 
 

@@ -162,5 +162,5 @@ def test_without_pinned_memory_the_buffers_are_pageable(monkeypatch, caplog):
     monkeypatch.setattr(torch, "empty", no_pinned)
     assert worst(tiled(program, z, 24, "host", "host"), untiled(vae, z)) <= 1e-5
     assert [record.getMessage() for record in caplog.records] == [
-        "no pinned memory, going on with pageable: CUDA error: out of memory"
+        "no pinned memory, continuing with pageable: CUDA error: out of memory"
     ]

@@ -308,7 +308,7 @@ def test_running_out_of_memory_halves_the_tiles_and_goes_on(caplog):
     with caplog.at_level(logging.WARNING):
         result = tiled(program, z, 64, tick=lambda done, total: ticks.append((done, total)), release=lambda: released.append(1))
     assert worst(result, reference) <= ROUNDING, "each tile counted and added once"
-    assert {record.getMessage().split("; ")[1] for record in caplog.records} == {"going on with half of that in this pass"}
+    assert {record.getMessage().split("; ")[1] for record in caplog.records} == {"continuing with half of that in this pass"}
     assert len(caplog.records) <= 2 < len(released), "each pass tries its own tiles; the log says it once"
     assert ticks == [(done, total) for done in range(1, total + 1)]
 
@@ -403,9 +403,9 @@ def test_maps_go_to_host_memory_where_the_devices_runs_out(monkeypatch, caplog, 
     result = run_as_on_a_gpu(monkeypatch, program, z, tile, release=lambda: released.append(len(released)))
     assert worst(result, reference) <= ROUNDING
     messages = [record.getMessage() for record in caplog.records]
-    moved = messages.index("out of memory with the VAE's maps on the device; going on with them in host memory")
+    moved = messages.index("out of memory with the VAE's maps on the device; continuing with them in host memory")
     assert moved == (2 if short == "tiles" else 0)
-    assert all("going on with half" in message for message in messages[:moved] + messages[moved + 1 :])
+    assert all("continuing with half" in message for message in messages[:moved] + messages[moved + 1 :])
     if short == "maps":
         assert set(places) == {"device", "host"}
         assert len(messages) == len(released) == 1
@@ -418,7 +418,7 @@ def test_half_a_tile_is_tried_before_host_memory(monkeypatch, caplog):
     result = run_as_on_a_gpu(monkeypatch, program, z)
     assert worst(result, reference) <= ROUNDING
     assert [record.getMessage() for record in caplog.records] == [
-        "out of memory with one VAE tile of 192 pixels; going on with half of that in this pass"
+        "out of memory with one VAE tile of 192 pixels; continuing with half of that in this pass"
     ]
 
 
@@ -447,7 +447,7 @@ def test_a_cpu_has_no_other_place(caplog):
     short_of_memory(vae, 40)
     result = plan_and_run(decoder_program(vae), z, CPU, lambda: None, None, lambda: 10**12)
     assert worst(result, reference) <= ROUNDING
-    assert all("going on with half" in record.getMessage() for record in caplog.records)
+    assert all("continuing with half" in record.getMessage() for record in caplog.records)
     with pytest.raises(MemoryError, match="the VAE needs"):
         plan_and_run(decoder_program(vae), z, CPU, lambda: None, None, lambda: 10**4)
 

@@ -1,4 +1,4 @@
-"""make a bundle: one file with LoRAs and embeddings, or a whole merged model"""
+"""Make a bundle: one file with LoRAs and prompt embeddings, or with a whole model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     quantised.add_argument(
         "--int8", dest="quantised", action="store_const", const="int8",
-        help="with --merge: store them as rotated int8, which ComfyUI from 0.27 on multiplies in int8 on GPUs that can",
+        help="with --merge: store them as rotated int8; ComfyUI 0.27 and newer computes in int8 on GPUs that support it",
     )  # fmt: skip
     add_source_arguments(parser, default_model="")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="number type to store; a merged VAE is never bf16")

@@ -24,9 +24,10 @@ from typing import Any
 
 from .. import __version__
 from ..errors import InputError, installation
+from .help import HelpFormatter
 
 COMMANDS = {
-    "upscale": "restore and enlarge images",
+    "upscale": "restore and enlarge images and videos",
     "bundle": "make a bundle: one file with LoRAs and embeddings, or a whole merged model",
     "info": "show what a LoRA, bundle, embedding or model folder is, and whether it fits",
     "eval": "compare a folder of results, or of inputs, with references",
@@ -159,13 +160,13 @@ def _run(arguments: list[str], alone: bool) -> int:
             return 2
         if not there:
             continue
-        sub = subparsers.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = subparsers.add_parser(name, help=summary, formatter_class=HelpFormatter)
         if name in arguments[:1]:  # importing other commands, with torch and diffusers, would take seconds
             try:
                 command = importlib.import_module("." + _MODULES.get(name, name), __package__)
             except ModuleNotFoundError as error:
                 return _not_installed(name, error)
-            sub.description = command.__doc__
+            sub.description = command.__doc__  # plain text, without markup
             command.add_arguments(sub)
             sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
             sub.set_defaults(run=command.run, alone=alone)

@@ -1,7 +1,7 @@
-"""compare a folder of results, or of inputs, with references
+"""Compare a folder of results, or of inputs, with a folder of references.
 
-Images are matched by name without suffix.  An image that is smaller than its reference, such as an input, is enlarged
-bicubically first, which gives the baseline of plain resizing.  Metrics that need no reference are also computed for the
+Images are matched by name without suffix. An image that is smaller than its reference, such as an input, is enlarged
+bicubically first, which gives the baseline of plain resizing. Metrics that need no reference are also computed for the
 references, in the row "reference"; metrics of whole sets, such as FID, are in the row "set".
 """
 

@@ -1,4 +1,4 @@
-"""show what a LoRA, bundle, embedding or model folder is, and whether it fits SD3 medium"""
+"""Show what a LoRA, bundle, prompt embedding or model folder is, and whether it fits SD3 medium."""
 
 from __future__ import annotations
 

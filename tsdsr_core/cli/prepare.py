@@ -1,4 +1,4 @@
-"""prepare a training set: crops of images with cached latents, degradations and text embeddings
+"""Prepare a training set: crops of images with cached latents, degradations and text embeddings.
 
 Running it again continues where it stopped: existing samples are kept, even if a caption has changed, and new images are
 added.  Images too small for --crop, and grey ones, are left out.  With --captions, --null or --prompt, OUT also gets
@@ -75,7 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crops", type=int, default=1, help="maximum number of crops per image; small images get fewer")
     parser.add_argument("--seed", type=int, default=0, help="seed of the crops and degradations")
     parser.add_argument(
-        "--degrade", choices=PRESET_NAMES, help="cache degradations of this preset (default: they are made during training)"
+        "--degrade",
+        choices=PRESET_NAMES,
+        metavar="PRESET",
+        help=f"cache degradations of this preset: {', '.join(PRESET_NAMES)} (default: they are made during training)",
     )
     parser.add_argument("--variants", type=int, default=1, help="cached degradations per crop")
     parser.add_argument("--scale", type=int, default=4, help="scale of the cached degradations")

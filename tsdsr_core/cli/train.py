@@ -1,6 +1,6 @@
-"""train a one-step restorer; prepare data, export and evaluate
+"""Train a one-step restorer: prepare data, run the stages, export the result.
 
-tsdsr train CONFIG.toml runs one stage of training; with accelerate launch, the batches are distributed over the processes.
+"tsdsr train CONFIG.toml" runs one stage of training. With "accelerate launch", the batches are distributed over the processes.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from ..train.validation import Pair, load_pairs, references, validate
 from ..weights.bundle import bundle_path
 from ..weights.reading import parse_json
 from . import prepare
+from .help import HelpFormatter
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     subparsers = parser.add_subparsers(required=True, metavar="SUBCOMMAND", prog="tsdsr train")
     for name, (summary, add, act) in _SUBCOMMANDS.items():
         sub = subparsers.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", formatter_class=HelpFormatter
         )
         add(sub)
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
@@ -89,7 +90,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--photos", nargs="+", metavar="DIR[=WEIGHT]", help="folders of images or prepared folders, with relative weights"
     )
-    parser.add_argument("--out", type=Path, help=f"folder for {FILE} and the logs")
+    parser.add_argument("-o", "--out", type=Path, help=f"folder for {FILE} and the logs")
     parser.add_argument("--base", type=bundle_path, help="small models: a bundle, or builtin; with adapters: an SD3 folder")
     parser.add_argument("--teacher", type=bundle_path, help="export of stage teacher: a bundle, or a LoRA")
     parser.add_argument("--embedding-dir", type=Path, help="with adapters: embeddings of the fixed prompt, a folder or file")
@@ -282,8 +283,11 @@ def _export(options: argparse.Namespace) -> None:
 
 def _evalset_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", type=Path, help=f"folder of photographs of at least {SIDE}x{SIDE} pixels")
-    parser.add_argument("--out", type=Path, required=True, help="folder for hq/ and lq-PRESET/")
-    parser.add_argument("--presets", nargs="+", choices=PRESET_NAMES, default=["light", "medium"], help="degradations to apply")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder for hq/ and lq-PRESET/")
+    parser.add_argument(
+        "--presets", nargs="+", choices=PRESET_NAMES, default=["light", "medium"], metavar="PRESET",
+        help=f"degradations to apply: {', '.join(PRESET_NAMES)}",
+    )  # fmt: skip
 
 
 def _evalset(options: argparse.Namespace) -> int:

@@ -1,12 +1,12 @@
-"""restore and enlarge images and videos
+"""Restore and enlarge images and videos.
 
-Reads and writes PNG, JPEG, WebP, TIFF, BMP and, where Pillow has it, AVIF; reads HEIC and JPEG XL where pillow-heif or
-pillow-jxl-plugin is installed, and writes PNG files of them into a folder.  Other files of a folder are counted.
+Reads and writes PNG, JPEG, WebP, TIFF, BMP and, if Pillow supports it, AVIF. Reads HEIC and JPEG XL if pillow-heif or
+pillow-jxl-plugin is installed, and writes PNG files for them into a folder. Other files of a folder are left out and counted.
 
-With PyAV (the extra "video") also reads video files, which are named one by one or by a glob, and writes MP4, MOV or MKV
-with the same sound and time stamps; each frame is restored on its own.
+With PyAV (the extra "video") it also restores videos, named one by one or by a glob, and writes MP4, MOV or MKV with the
+same sound and time stamps. Each frame is restored on its own.
 
-Under ``accelerate launch`` the processes share the files out.
+With "accelerate launch", the files are distributed over the processes.
 """
 
 from __future__ import annotations
@@ -66,33 +66,59 @@ class Outcome:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tsdsr upscale``."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="images, videos, folders of images, or quoted globs")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="file for one input, else folder")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="output file for a single input, otherwise a folder"
+    )
     add_source_arguments(parser, default_model="builtin")
     parser.add_argument("--scale", type=float, default=Options.scale, help="enlargement, 1 to 16, fractions allowed")
     parser.add_argument("--color", choices=METHODS, default=Options.colour_fix, help="colour fix")
     parser.add_argument(
-        "--strength", type=float, default=Options.strength, help="of the step: 0 is a round trip through the VAE"
+        "--strength",
+        type=float,
+        default=Options.strength,
+        help="0 to 2; 1 = full restoration, lower = closer to the input, 0 = VAE round trip only",
     )
-    parser.add_argument("--recipe", choices=RECIPES, default=Options.recipe, help="official: pixels as published")
     parser.add_argument(
-        "--tile", type=_automatic, default="auto", help="tile side in latent cells from 16, or auto: 64 where it fits"
+        "--recipe", choices=RECIPES, default=Options.recipe, help="official = tile grid, rounding and resizing as published"
     )
-    parser.add_argument("--tile-overlap", type=int, default=OVERLAP, help="least overlap of tiles in latent cells")
-    parser.add_argument("--tile-batch", type=_automatic, default="auto", help="tiles at once, a number or auto")
-    parser.add_argument("--vae-tile", type=_automatic, default="auto", help="greatest VAE tile side in pixels; same result")
+    parser.add_argument(
+        "--tile",
+        type=_automatic,
+        default="auto",
+        help="tile size in latent cells, at least 16; auto = 64 to 80, smaller if memory is limited",
+    )
+    parser.add_argument("--tile-overlap", type=int, default=OVERLAP, help="minimum overlap of tiles in latent cells")
+    parser.add_argument(
+        "--tile-batch", type=_automatic, default="auto", help="tiles computed together; auto = as many as fit into memory"
+    )
+    parser.add_argument(
+        "--vae-tile",
+        type=_automatic,
+        default="auto",
+        help="maximum side of the VAE's tiles in pixels; does not change the result",
+    )
     parser.add_argument(
         "--vae-attention-window",
         type=int,
         metavar="CELLS",
-        help="estimate the VAE's attention, each tile from so many latent cells around it, at least 16; for very large images",
+        help="for very large images: estimate the VAE's attention from this many latent cells around each tile, at least 16",
     )
-    parser.add_argument("--prompt-tokens", type=_automatic, default="auto", help="keep only so many of the prompt's tokens")
-    parser.add_argument("--compile", action="store_true", help="run the transformer through torch.compile: slow to start")
-    parser.add_argument("--posterior", choices=("mode", "sample"), default="mode", help="of the VAE encoder")
-    parser.add_argument("--seed", type=int, default=0, help="of --posterior sample, the same for each picture")
+    parser.add_argument(
+        "--prompt-tokens", type=_automatic, default="auto", help="use only this many of the prompt's tokens; auto = all"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the transformer with torch.compile; slow to start")
+    parser.add_argument(
+        "--posterior",
+        choices=("mode", "sample"),
+        default="mode",
+        help="latent from the encoder: the most likely one, or a random one",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of --posterior sample, the same for each image")
     add_device_arguments(parser)
     add_memory_argument(parser)
-    parser.add_argument("--existing", choices=("error", "skip", "overwrite"), default="error", help="for results there are")
+    parser.add_argument(
+        "--existing", choices=("error", "skip", "overwrite"), default="error", help="what to do if a result exists"
+    )
     parser.add_argument("--json", action="store_true", help="report as one JSON object on standard output")
 
 

@@ -87,7 +87,7 @@ def _check_layout(page: TiffPage) -> None:
     bits, kind = page.bitspersample, page.sampleformat
     names = {int(SAMPLEFORMAT.INT): " (signed)", int(SAMPLEFORMAT.IEEEFP): " (floating point)"}
     if kind != SAMPLEFORMAT.UINT or bits not in (16, *_PACKED):
-        expected = "expected 8 or 16, as whole numbers without sign; save it so"
+        expected = "expected unsigned integers of 8, 10, 12, 14 or 16 bits; convert it"
         raise RefusedError(f"has {bits} bits per channel{names.get(kind, '')}: {expected}")
     if page.photometric not in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB):
         colours = getattr(page.photometric, "name", page.photometric)

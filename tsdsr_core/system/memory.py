@@ -94,7 +94,7 @@ class ImageDevice:
             except RuntimeError as error:
                 if self.device.type == "cpu" or not (self.ran_out(error) or isinstance(error, NotImplementedError)):
                     raise
-                said = "images of %dx%d pixels failed on %s (%s); going on with them on the CPU"
+                said = "images of %dx%d pixels failed on %s (%s); continuing with them on the CPU"
                 log.warning(said, width, height, self.device, str(error).partition("\n")[0])
             self.device = torch.device("cpu")
             self.release()  # here, since the error no longer refers to tensors

@@ -71,7 +71,7 @@ class Tiling:
 
     def __post_init__(self) -> None:
         if self.tile < self.multiple or self.tile % self.multiple:
-            raise InputError(f"tile {self.tile}: expected a positive multiple of the patch size {self.multiple}")
+            raise InputError(f"tile {self.tile}: expected a positive multiple of {self.multiple}, the patch size")
         if not 0 <= self.overlap < self.tile or self.overlap % self.multiple:
             raise InputError(
                 f"tile overlap {self.overlap}: expected a multiple of {self.multiple} from 0 to below the tile {self.tile}"

@@ -36,7 +36,7 @@ class DataSettings:
     permute_channels: bool = False
     """Shuffle red, green and blue of each crop. Not for prepared folders."""
     captions: bool = False
-    """Use each image's caption for teacher and LoRA model (``tsdsr train prepare --captions``); false: the fixed prompt."""
+    """Use each image's caption for teacher and fake model (``tsdsr train prepare --captions``); false: the fixed prompt."""
     workers: int = 0
     """Processes that prepare batches in parallel; 0 prepares them in the training process."""
 
@@ -77,12 +77,12 @@ class ObjectiveSettings:
     last_index: int = 980
     """Last index of the noise schedule that a trajectory may visit."""
     guidance: float = 7.5
-    """Classifier-free guidance of the teacher and of the LoRA model; 1 = none."""
+    """Classifier-free guidance of the teacher and of the fake model; 1 = none."""
     fake_levels: str = "queried"
-    """Noise levels at which the LoRA model is trained. queried: uniform over the indices where the objective evaluates it.
+    """Noise levels at which the fake model is trained. queried: uniform over the indices where the objective evaluates it.
     logit-normal: as SD3 was trained."""
     fake_steps: int = 1
-    """Training steps of the LoRA model per step of the student. Above 1, the student is trained only in every so many steps."""
+    """Training steps of the fake model per step of the student. Above 1, the student is trained in one of so many steps."""
     distribution_weight: float = 1.0
     """Weight of the VSD or TSD term."""
     as_scores: bool = True
@@ -154,7 +154,7 @@ class OptimiserSettings:
     learning_rate: float = 5e-6
     """Learning rate of the student, or of whatever else the stage trains."""
     fake_learning_rate: float = 1e-6
-    """Learning rate of the LoRA model."""
+    """Learning rate of the fake model."""
     beta2: float = 0.999
     weight_decay: float = 1e-2
     clip_norm: float = 1.0

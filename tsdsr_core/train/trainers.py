@@ -94,9 +94,9 @@ class StudentTrainer:
         self.schedule = schedule().to(networks.device)
 
     def accumulate(self, batch: Batch, step: int, backward: Backward) -> dict[str, Tensor]:
-        """The student's loss, then that of the LoRA model on what the student made.
+        """The student's loss, then that of the fake model (phi) on what the student made.
 
-        With ``objective.fake_steps`` above 1 the student has a loss in every so manyth step only.
+        With ``objective.fake_steps`` above 1 the student has a loss in one of so many steps only.
         """
         networks, objective = self.networks, self.objective
         if self.distils and step % objective.fake_steps:
@@ -122,7 +122,7 @@ class StudentTrainer:
         return _restored(self.networks, low)
 
     def _train_fake(self, z_hat: Tensor, batch: Batch, backward: Backward) -> Tensor:
-        """Add the gradients of the LoRA model's diffusion loss on restored latents, at the levels where it is asked."""
+        """Add the gradients of the fake model's diffusion loss on restored latents, at the levels where it is asked."""
         objective, levels = self.objective, None
         if objective.fake_levels == "queried":
             levels = batch.scheduled(objective.first_index, objective.last_index, self.schedule, f"{FAKE} level")

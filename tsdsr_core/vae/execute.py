@@ -63,7 +63,7 @@ def plan_and_run(
 
     result = attempt(PLACES)
     if result is None:
-        log.warning("out of memory with the VAE's maps on the device; going on with them in host memory")
+        log.warning("out of memory with the VAE's maps on the device; continuing with them in host memory")
         release()  # here, since the error no longer refers to the maps
         result = attempt(PLACES[1:])
     assert result is not None

@@ -59,7 +59,7 @@ class TileLoop:
                 raise RuntimeError(f"out of memory with one VAE tile of {side} pixels, the smallest size: {advice}") from error
             self.halvings = depth + 1
             if self.halvings > self.reported:  # each pass may run out again
-                log.warning("out of memory with one VAE tile of %d pixels; going on with half of that in this pass", side)
+                log.warning("out of memory with one VAE tile of %d pixels; continuing with half of that in this pass", side)
                 self.reported = self.halvings
         else:
             write()

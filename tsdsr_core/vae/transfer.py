@@ -108,7 +108,7 @@ class Mover:
             try:
                 return torch.empty(count, dtype=dtype, pin_memory=True)
             except RuntimeError as error:  # pinned memory has limits of its own, and what is said of it is said of devices too
-                log.warning("no pinned memory, going on with pageable: %s", reason(error))
+                log.warning("no pinned memory, continuing with pageable: %s", reason(error))
                 self._pinned = False
         return torch.empty(count, dtype=dtype)
 

@@ -157,7 +157,7 @@ def _warn(path: Path, video: VideoStream, frame: av.VideoFrame) -> None:
     if any(component.is_alpha for component in frame.format.components) or video.metadata.get("alpha_mode") == "1":
         log.warning("%s: left out its alpha channel, which results cannot hold", path)
     if frame.interlaced_frame:
-        log.warning("%s is interlaced: deinterlace it first, or moving edges keep their combs", path)
+        log.warning("%s is interlaced: deinterlace it first, or moving edges will show combing", path)
 
 
 def _check_end(path: Path, container: InputContainer, video: VideoStream, end: Fraction) -> None:

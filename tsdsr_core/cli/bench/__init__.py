@@ -1,4 +1,4 @@
-"""measure time and memory against the published procedure, on random weights in the published layout"""
+"""Measure time and memory against the published procedure, with random weights in the published layout."""
 
 from .command import add_arguments, run
 

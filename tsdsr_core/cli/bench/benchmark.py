@@ -7,18 +7,13 @@ This project's: a merged and folded bundle, tiles in batches, the exact tiled au
 from __future__ import annotations
 
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
-from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -31,6 +26,7 @@ from ...sd3.models import DiffusersModel, load_folder, merged_bundle, model_from
 from ...system.atomic import reason, torch_writer, write_files, write_tensors
 from ...system.device import release_memory
 from ...system.memory import fits_beside
+from ...system.peak import peak_memory
 from ...weights.bundle import read_bundle, write_bundle
 from ...weights.lora import TRANSFORMER_FILE, VAE_FILE, load_lora
 from ...weights.prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds, load_prompt
@@ -107,7 +103,7 @@ def write_random_weights(folder: Path, size: Architecture, dtype: torch.dtype) -
             model.save_pretrained(folder / "sd3" / name)
         except SafetensorError as error:
             raise OSError(f"{folder / 'sd3' / name} could not be written: {reason(error)}") from error
-        model.add_adapter(LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=targets))
+        _add_adapter(model, size.rank, targets)
         adapters = {key: value for key, value in model.named_parameters() if ".default." in key}
         tensors = {
             "transformer." + key.replace(".default", ""): torch.randn(value.shape) * 0.01 for key, value in adapters.items()
@@ -119,6 +115,12 @@ def write_random_weights(folder: Path, size: Architecture, dtype: torch.dtype) -
     model = load_folder(folder / "sd3", _loras(folder), load_prompt(folder), torch.device("cpu"), torch.float32)
     fold(model.transformer, model.prompt.pooled)
     write_bundle(folder / "ours.safetensors", merged_bundle(model.transformer, model.vae, model.prompt, dtype, {}, {}))
+
+
+def _add_adapter(model: Any, rank: int, targets: list[str] | str) -> None:
+    from peft import LoraConfig  # here, so that tsdsr bench --help works without it
+
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
 
 
 def _fill(model: nn.Module, dtype: torch.dtype) -> None:
@@ -145,7 +147,7 @@ def load_published(folder: Path, device: torch.device, dtype: torch.dtype) -> Co
     vae = AutoencoderKL.from_pretrained(folder / "sd3" / "vae", torch_dtype=dtype)
     for model, lora, targets in zip((transformer, vae), _loras(folder), (TRANSFORMER_TARGETS, VAE_TARGETS), strict=True):
         rank = next(iter(lora.pairs.values())).rank
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+        _add_adapter(model, rank, targets)
         state = {key.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): value
                  for key, value in lora.state_dict().items()}  # fmt: skip
         _, unexpected = model.load_state_dict(state, strict=False)
@@ -200,7 +202,8 @@ def run_once(contender: Contender, side: int, device: torch.device) -> Timing:
         synchronise(device)
         ends[stage] = time.perf_counter()
 
-    with peak_memory(device) as peak:
+    release_memory(device)
+    with peak_memory(device) as memory:
         start = time.perf_counter()
         restore(image, contender.model, contender.options, progress)
         synchronise(device)
@@ -208,7 +211,7 @@ def run_once(contender: Contender, side: int, device: torch.device) -> Timing:
     for stage in STAGE_NAMES:
         timing.seconds[stage] = ends[stage] - start
         start = ends[stage]
-    timing.peak_bytes = peak()
+    timing.peak_bytes = memory.growth
     return timing
 
 
@@ -248,47 +251,6 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
     elif device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
-
-
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Measure the peak memory of the block beyond what is in use now: allocated on CUDA, resident on the CPU; None elsewhere.
-
-    Memory that an earlier run left in the CPU's allocator is resident already and not counted again.
-    """
-    release_memory(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield lambda: torch.cuda.max_memory_allocated(device) - before
-        return
-    if device.type != "cpu":
-        yield lambda: None
-        return
-    sampler = _ResidentMemory()
-    sampler.start()
-    try:
-        yield lambda: sampler.peak - sampler.before
-    finally:
-        sampler.ended.set()
-        sampler.join()
-
-
-class _ResidentMemory(threading.Thread):
-    """Samples the process's resident memory a hundred times a second."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.process = psutil.Process()
-        self.ended = threading.Event()
-        self.before = self.peak = self._now()
-
-    def run(self) -> None:
-        while not self.ended.wait(0.01):
-            self.peak = max(self.peak, self._now())
-
-    def _now(self) -> int:
-        return self.process.memory_info().rss
 
 
 def machine(device: torch.device) -> str:

@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tsdsr bench``."""
-    parser.add_argument("--gpu", action="store_true", help="measure everything that is to be known of a GPU, and write tables")
+    parser.add_argument("--gpu", action="store_true", help="run all GPU measurements, and write tables")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for --gpu; what does not fit into it is left out")
     parser.add_argument(
         "--size", choices=SIZES, default=argparse.SUPPRESS,

@@ -20,13 +20,14 @@ from ...sd3.models import DiffusersModel
 from ...system.atomic import reason
 from ...system.device import free_memory, free_ram, held_memory, release_memory
 from ...system.memory import is_out_of_memory
+from ...system.peak import peak_memory
 from ...vae import attention
 from ...vae.execute import plan_and_run
 from ...vae.feature_map import crop
 from ...vae.passes import KEY_TILE
 from ...vae.plan import Region
 from ...vae.program import decoder_program, encoder_program
-from .benchmark import SCALE, Contender, peak_memory, synchronise
+from .benchmark import SCALE, Contender, synchronise
 from .command import Trial
 
 HEAD = 512
@@ -130,12 +131,13 @@ def measured(work: Callable[[], Any], device: torch.device) -> tuple[float, int 
     """Seconds and peak bytes of ``work``, the second time that it runs."""
     work()
     synchronise(device)
-    with peak_memory(device) as peak:
+    release_memory(device)
+    with peak_memory(device) as memory:
         start = time.perf_counter()
         result = work()
         synchronise(device)
         seconds = time.perf_counter() - start
-        found = peak()
+        found = memory.growth
     del result
     return seconds, found
 

@@ -1,1 +1,1 @@
-"""The networks of a training run: student, teacher and LoRA model (``roles``), and how they are built."""
+"""The networks of a training run: student, teacher and fake model (phi) (``roles``), and how they are built."""

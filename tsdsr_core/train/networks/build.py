@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from diffusers.models.resnet import ResnetBlock2D
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from ...errors import InputError
@@ -23,6 +22,9 @@ from ...weights.prompt import PromptEmbeds, load_prompt
 from ..config import Config
 from . import small_model
 from .roles import FAKE, STUDENT, TEACHER, Condition, Networks, fingerprint, set_parameters
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -237,4 +239,6 @@ def _set_adapter(transformer: Any, lora: Lora, role: str, path: Path) -> None:
 
 
 def _adapter(rank: int, targets: list[str] | str) -> LoraConfig:
+    from peft import LoraConfig  # here, since tsdsr train --help works without it
+
     return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)

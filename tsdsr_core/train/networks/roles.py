@@ -1,4 +1,4 @@
-"""The networks of TSD-SR's training: student, teacher (psi), LoRA model (phi) and the autoencoder.
+"""The networks of TSD-SR's training: student, teacher (psi), fake model (phi) and the autoencoder.
 
 On a large base model the roles are adapters on shared weights, one active at a time; in a small model each role has its own
 weights.

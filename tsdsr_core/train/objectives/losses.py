@@ -1,8 +1,8 @@
 """The loss terms of TSD-SR (Dong et al., CVPR 2025, sec. 3) as functions of tensors.
 
-Names follow the paper: ``psi`` is the teacher, ``phi`` the LoRA model that is trained on the student's outputs, ``z_hat``
-the student's latent and ``z`` the photograph's.  All latents are scaled, ``(B, C, h, w)``; noise levels are ``(B,)``, one
-for each sample.
+Names follow the paper: ``psi`` is the teacher, ``phi`` the fake model (the paper's "LoRA model") that is trained on the
+student's outputs, ``z_hat`` the student's latent and ``z`` the photograph's.  All latents are scaled, ``(B, C, h, w)``; noise
+levels are ``(B,)``, one for each sample.
 """
 
 from __future__ import annotations

@@ -85,7 +85,9 @@ def test_few_bits_of_grey_fill_the_range(bits, tmp_path):
 @pytest.mark.parametrize("bits", [9, 11, 13, 15, 24, 32])
 def test_odd_depths_are_refused_by_name(bits, channels, tmp_path):
     (tmp_path / "x.tif").write_bytes(packed_tiff(bits, channels, photometric=1 if channels == 1 else 2)[0])
-    with pytest.raises(ValueError, match=rf"x\.tif has {bits} bits per channel: expected unsigned integers of 8, 10, 12, 14 or 16 bits"):
+    with pytest.raises(
+        ValueError, match=rf"x\.tif has {bits} bits per channel: expected unsigned integers of 8, 10, 12, 14 or 16 bits"
+    ):
         read_picture(tmp_path / "x.tif")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from .exif import exif_bytes
 from .formats import RefusedError
 
 Chunk = tuple[bytes, bytes]
@@ -319,7 +320,7 @@ def join_tiff(data: bytes, parts: Parts) -> bytes:
         return data
     data += bytes(len(data) % 2)
     exif.endian = order
-    added = exif.tobytes(len(data) + 8).removeprefix(EXIF_START)  # a directory with offsets relative to this file
+    added = exif_bytes(exif, len(data) + 8).removeprefix(EXIF_START)  # a directory with offsets relative to this file
     own = _entries(data, struct.unpack_from(order + "I", data, 4)[0], order)
     entries = {**own, **_entries(added, 8, order), **{tag: own[tag] for tag in (256, 257)}}  # keep the stored size
     data += added + bytes(len(added) % 2)

@@ -119,7 +119,9 @@ def plan_jobs(
     if inputs.single and names_file:
         outputs = [output]
     elif names_file:
-        raise InputError(f"-o {output}: expected a folder, since the input is not a single file")
+        odd = next((path for path in inputs.paths if len(inputs.paths) == 1 and not path.is_file()), None)
+        what = f"{odd} is a pipe or device, which cannot be read: give an image file" if odd else ""
+        raise InputError(what or f"-o {output}: expected a folder, since the input is not a single file")
     elif inputs.single and output.suffix and not is_folder:
         raise InputError(
             f"-o {output}: unknown format {output.suffix!r}; expected one of {', '.join(formats)}, or a folder; "
@@ -130,13 +132,14 @@ def plan_jobs(
     else:
         outputs = [output / (names[path] if names else result_name(path)) for path in inputs.paths]
     sources = {os.path.realpath(path) for path in inputs.paths}
-    taken: dict[Path, Path] = {}
+    taken: dict[str, Path] = {}
     for path, result in zip(inputs.paths, outputs, strict=True):
-        if os.path.realpath(result) in sources:
+        target = os.path.realpath(result)
+        if target in sources:
             raise InputError(f"{result} would overwrite an input: choose another -o")
-        if result in taken:
-            raise InputError(f"{taken[result]} and {path} would both be written to {result}: process them separately")
-        taken[result] = path
+        if target in taken:
+            raise InputError(f"{taken[target]} and {path} would both be written to {result}: process them separately")
+        taken[target] = path
     check_existing(outputs, existing, ("overwrite", "skip"))
     return [
         Job(path, result, skip=existing == "skip" and result.exists())

@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, ImageCms
 
 from ..errors import InputError
 from .containers import EXIF, ICC, IPTC, XMP, Chunk, Parts
+from .exif import exif_bytes
 
 MOST_BYTES = 2**24
 """Maximum size of a part in bytes."""
@@ -26,7 +27,7 @@ _SIZES = (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength), (ExifTags.Base.E
 STORAGE = (
     254, 255, 258, 259, 262, 263, 264, 265, 266, 273, 277, 278, 279, 280, 281, 284, 288, 289, 290, 291, 292, 293, 297, 317,
     320, 321, 322, 323, 324, 325, 330, 332, 333, 334, 336, 337, 338, 339, 340, 341, 342, 347, 512, 513, 514, 515, 517, 518,
-    519, 520, 521, 529, 530, 531, 532, 700, 34377, 34675, 37724,
+    519, 520, 521, 529, 530, 531, 532, 700, 32995, 32996, 32997, 32998, 34377, 34675, 37724,
 )  # fmt: skip
 """TIFF tags about the storage of pixels and layers, and tags of the profile and XMP data, which are copied separately."""
 _SRGB = {b"cICP": b"\1\x0d\0\1", b"cHRM": (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)}
@@ -126,7 +127,7 @@ def _written(exif: Image.Exif, size: tuple[int, int] | None = None) -> bytes | N
         for tag, side in zip(tags, size or (), strict=False):
             if tag in directory:
                 directory[tag] = side
-    return exif.tobytes() if len(exif) else None
+    return exif_bytes(exif) if len(exif) else None
 
 
 def exif_of_size(data: bytes, width: int, height: int) -> bytes | None:
@@ -140,7 +141,8 @@ def _checked_xmp(data: bytes) -> tuple[bytes | None, str | None]:
     """XMP data, and a reason if they cannot be used."""
     if not isinstance(data, bytes) or len(data) > MOST_BYTES:
         return None, "too large" if isinstance(data, bytes) else "damaged"
-    data = data.rstrip(b"\0")
+    if not data.startswith((b"\xff\xfe", b"<\0")):  # in UTF-16LE a zero belongs to the last character
+        data = data.rstrip(b"\0")
     parser = expat.ParserCreate()
 
     def refuse(*_: object) -> None:

@@ -74,6 +74,9 @@ def decode(data: bytes, kind: str) -> Decoded:
             parts.exif, orientation = None, image.tag_v2.get(274, 1)  # pyright: ignore[reportAttributeAccessIssue]
             take_tags(data, parts)
         array = _deep(data if pixels is None else pixels, image, parts)
+        if kind == "PNG" and image.mode == "L" and isinstance(image.info.get("transparency"), int):
+            bits = data[24] if pixels is None else pixels[24]
+            image.info["transparency"] *= 255 // (2 ** min(bits, 8) - 1)  # Pillow scales the samples, but not this one
         return Decoded(_to_8_bit(image, parts) if array is None else array, parts, orientation)
 
 

@@ -6,6 +6,8 @@ Arrays are uint16 ``(H, W, C)`` from 0 to 65535: grey, grey with alpha, RGB or R
 from __future__ import annotations
 
 import io
+import math
+import struct
 from dataclasses import dataclass
 from typing import IO
 
@@ -13,7 +15,7 @@ import cv2
 import numpy as np
 import tifffile
 from PIL import Image
-from tifffile import EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, SAMPLEFORMAT, TiffPage
+from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, SAMPLEFORMAT, TiffPage
 
 from ..errors import InputError
 from .containers import ICC, XMP, Parts
@@ -43,6 +45,7 @@ def read_tiff(data: bytes) -> DeepTiff | None:
     """
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         page = _deep_page(tiff)
+        _check_complete(tiff)
         if page is None:
             return None
         array, parts = _channels(_pixels(data, page), page), Parts()
@@ -83,6 +86,16 @@ def _pages(tiff: tifffile.TiffFile) -> int:
     return 1 + sum(not (isinstance(page, TiffPage) and page.is_reduced) for page in list(tiff.pages)[1:])
 
 
+def _check_complete(tiff: tifffile.TiffFile) -> None:
+    """Refuse a file that lacks pixels: readers fill its gaps with black."""
+    page = tiff.pages.first
+    assert isinstance(page, TiffPage)
+    needed, counts = math.prod(page.chunked), page.databytecounts or (1,) * len(page.dataoffsets)
+    stored = sum(offset > 0 and count > 0 for offset, count in zip(page.dataoffsets, counts, strict=False))
+    if stored < needed and page.compression != COMPRESSION.OJPEG:  # which has its pixels elsewhere
+        raise RefusedError(f"is damaged: {needed - stored} of its {needed} strips or tiles of pixels are missing")
+
+
 def _check_layout(page: TiffPage) -> None:
     bits, kind = page.bitspersample, page.sampleformat
     names = {int(SAMPLEFORMAT.INT): " (signed)", int(SAMPLEFORMAT.IEEEFP): " (floating point)"}
@@ -92,6 +105,8 @@ def _check_layout(page: TiffPage) -> None:
     if page.photometric not in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB):
         colours = getattr(page.photometric, "name", page.photometric)
         raise RefusedError(f"has {bits} bits per channel in the colour space {colours}: save it as RGB or grey")
+    if page.imagedepth > 1:
+        raise RefusedError(f"has {page.imagedepth} layers in depth: save one of them")
 
 
 def _value(page: TiffPage, code: int) -> object:
@@ -118,16 +133,27 @@ def _pixels(data: bytes, page: TiffPage) -> np.ndarray:
     if bits == 16:
         try:
             array = page.asarray()
-        except (ValueError, RuntimeError):  # a compression for which tifffile needs another package
+        except (ValueError, RuntimeError, ImportError):  # a compression for which tifffile needs another package
             if apart:
                 raise
         else:
             array = array[..., None] if array.ndim == 2 else array
             return np.moveaxis(array, 0, -1) if apart else array
-    read = None if apart else cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    read = None if apart else cv2.imdecode(np.frombuffer(_upright(data, page), np.uint8), cv2.IMREAD_UNCHANGED)
     if read is None or read.dtype != np.uint16 or read.shape[:2] != (page.imagelength, page.imagewidth):
-        raise RefusedError(f"has {bits} bits per channel in a form that cannot be decoded: save it with 8 or 16 bits")
+        raise RefusedError(
+            f"has {bits} bits per channel and is damaged, or compressed in an unknown way: save it again"
+        )
     return _from_bgr(read if bits == 16 else _full_range(np.right_shift(read, 16 - bits), bits))  # OpenCV shifts them left
+
+
+def _upright(data: bytes, page: TiffPage) -> bytes:
+    """The file with orientation 1: OpenCV would turn the pixels, which the caller does."""
+    tag = page.tags.get(_ORIENTATION)
+    if tag is None or tag.valuebytecount not in (2, 4):
+        return data
+    value = struct.pack(page.parent.byteorder + {2: "H", 4: "I"}[tag.valuebytecount], 1)
+    return data[: tag.valueoffset] + value + data[tag.valueoffset + len(value) :]
 
 
 def _full_range(array: np.ndarray, bits: int) -> np.ndarray:
@@ -140,14 +166,15 @@ def _channels(array: np.ndarray, page: TiffPage) -> np.ndarray:
     """Grey or RGB, and alpha if a channel is marked as such."""
     count = 3 if page.photometric == PHOTOMETRIC.RGB else 1
     colours, alpha = array[..., :count], None
-    kind = page.extrasamples[0] if page.extrasamples else EXTRASAMPLE.UNSPECIFIED
-    if kind != EXTRASAMPLE.UNSPECIFIED and array.shape[2] > count:
-        alpha = array[..., count : count + 1]
+    extra = tuple(page.extrasamples)
+    place = next((place for place, kind in enumerate(extra) if kind != EXTRASAMPLE.UNSPECIFIED), None)
+    if place is not None and array.shape[2] > count + place:
+        alpha = array[..., count + place : count + place + 1]
     if page.photometric == PHOTOMETRIC.MINISWHITE:
         colours = 65535 - colours
     if alpha is None:
         return colours
-    if kind == EXTRASAMPLE.ASSOCALPHA:
+    if place is not None and extra[place] == EXTRASAMPLE.ASSOCALPHA:
         divided = colours.astype(np.float64) * 65535 / np.maximum(alpha, 1)
         colours = divided.round().clip(0, 65535).astype(np.uint16)
     return np.concatenate((colours, alpha), -1)

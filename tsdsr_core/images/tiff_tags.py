@@ -11,6 +11,7 @@ from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from .containers import EXIF, TIFF_IPTC, Parts
+from .exif import exif_bytes
 from .metadata import STORAGE, damage_in
 
 _OWN = {*STORAGE, ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength, ExifTags.Base.Orientation}
@@ -25,7 +26,7 @@ def take_tags(data: bytes, parts: Parts) -> None:
             warnings.simplefilter("always")
             exif = _exif(data)
             iptc = _stored_bytes(data, TIFF_IPTC) if exif.pop(TIFF_IPTC, None) else None
-            written = exif.tobytes() if len(exif) else None
+            written = exif_bytes(exif) if len(exif) else None
     except Exception as error:  # damaged tags can raise anything
         parts.problems.append(f"{EXIF} (damaged: {error})")
         return

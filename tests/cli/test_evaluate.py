@@ -320,3 +320,12 @@ def test_flat_noise_is_taken_of_the_references_too_and_means_leave_out_what_has_
         assert report[row]["flat_noise"] == report[files]["smooth"]["flat_noise"]
         assert report[row]["flat_noise"] == pytest.approx(flat_noise(*pair).item(), rel=1e-6)
     assert report["mean"]["flat_noise"] > 2 * report["reference"]["flat_noise"]
+
+
+def test_an_image_named_as_a_row_of_the_table_keeps_its_own(tmp_path, capsys):
+    for folder in ("lq", "hq"):
+        for number, name in enumerate(("mean", "other", "reference")):
+            write_picture(tmp_path / folder / f"{name}.png", Picture(photo(64, 64, number + (folder == "hq"))))
+    assert main(["eval", "--lq", str(tmp_path / "lq"), "--hq", str(tmp_path / "hq"), "--metrics", "psnr_y", "sharpness"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert names == ["mean", "other", "reference", "mean", "reference"]

@@ -109,3 +109,16 @@ def test_an_empty_argument_is_not_the_current_folder(arguments, capsys):
 def test_the_text_of_a_prompt_or_caption_may_be_empty(option, tmp_path, capsys):
     assert main(["train", "prepare", "-o", str(tmp_path / "out"), "--base", str(tmp_path), option, ""]) == 2
     assert "an argument is empty" not in capsys.readouterr().err
+
+
+@pytest.mark.linux
+def test_messages_that_cannot_be_written_change_neither_report_nor_exit_code(tmp_path):
+    """As where a log is on a full disk."""
+    write_picture(tmp_path / "in" / "in.png", Picture(photo(16, 24)))
+    (tmp_path / "in" / "notes.txt").write_text("x")
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "tsdsr_core", "upscale", str(tmp_path / "in"), "-o", str(tmp_path / "out")]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=full, text=True)
+        assert (done.returncode, done.stdout.count("96x64")) == (0, 1)
+        missing = subprocess.run([sys.executable, "-m", "tsdsr_core", "info", "none"], cwd=ROOT, stderr=full)
+        assert missing.returncode == 2

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
+from tsdsr_core import cli
 from tsdsr_core.cli import prepare
 from tsdsr_core.images.files import Picture, write_picture
 from tsdsr_core.pipeline import bicubic
@@ -476,3 +477,12 @@ def test_samples_say_what_they_were_made_of(published, photos, tmp_path):
         made_of = json.loads(file.metadata()["tsdsr_prepared"])
     assert made_of["settings"]["seed"] == 4
     assert made_of["source"] == str((photos / "0.png").resolve())
+
+
+def test_a_name_too_long_for_its_samples_is_refused_before_any_work(tmp_path, capsys):
+    for name in ("a", "n" * 245):
+        write_picture(tmp_path / "in" / f"{name}.png", Picture(photo(80, 80)))
+    out = tmp_path / "out"
+    assert cli.main(["train", "prepare", str(tmp_path / "in"), "-o", str(out), "--base", "builtin", "--crop", "64"]) == 2
+    assert "nnn.png: expected a name of at most 235 bytes" in capsys.readouterr().err
+    assert not list(out.rglob("*.safetensors"))

@@ -66,7 +66,10 @@ def _merged(options: argparse.Namespace, dtype: torch.dtype, notes: dict[str, st
         if isinstance(model.transformer.time_text_embed, FoldedEmbedding):
             raise InputError(f"--model {options.model} is folded already")
         fold(model.transformer, model.prompt.pooled)
-    return merged_bundle(model.transformer, model.vae, model.prompt, dtype, model.defaults, notes, options.quantised)
+    notes = {**model.notes, **notes}
+    return merged_bundle(
+        model.transformer, model.vae, model.prompt, dtype, model.defaults, notes, options.quantised, model.preview
+    )  # fmt: skip
 
 
 def _loras(options: argparse.Namespace, dtype: torch.dtype, notes: dict[str, str]) -> Bundle:
@@ -85,5 +88,7 @@ def _notes(entries: list[str]) -> dict[str, str]:
         key, separator, text = entry.partition("=")
         if not separator or not key:
             raise InputError(f"--note {entry!r}: expected KEY=TEXT")
+        if key in notes:
+            raise InputError(f"--note {entry!r}: {key} is given twice")
         notes[key] = text
     return notes

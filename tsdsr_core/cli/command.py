@@ -56,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # as for standard error: file names may have any bytes
         if arguments is None:
             sys.stdout = _Output(sys.stdout)
+    if arguments is None and isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = _Messages(sys.stderr)
     try:
         try:
             return _run(sys.argv[1:] if arguments is None else arguments, alone=arguments is None)
@@ -115,6 +117,29 @@ class _Output:
     def flush(self) -> None:
         with _output_errors():
             self._stream.flush()
+
+
+class _Messages:
+    """Standard error, which nobody may be able to read (a log on a full disk): that changes neither results nor exit code."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 @contextmanager

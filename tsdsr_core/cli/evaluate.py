@@ -211,10 +211,10 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 def _print_table(report: dict[str, Any], metrics: list[str]) -> None:
     """Print a row for each image, then means, references and sets; cells without a value are empty."""
-    rows = {**report["files"], **{label: report[label] for label in ("mean", "reference", "set") if label in report}}
-    first = max(map(len, rows))
+    rows = [*report["files"].items(), *((label, report[label]) for label in ("mean", "reference", "set") if label in report)]
+    first = max(len(name) for name, _ in rows)
     widths = {metric: max(10, len(metric)) for metric in metrics}
     print(" " * first, *(f"{metric:>{width}}" for metric, width in widths.items()))
-    for name, row in rows.items():
+    for name, row in rows:
         cells = (f"{row[metric]:{width}.4f}" if metric in row else " " * width for metric, width in widths.items())
         print(f"{one_line(name):{first}}", *cells)

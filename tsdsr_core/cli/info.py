@@ -99,8 +99,9 @@ def _loras(loras: list[Lora], model: Path | None) -> dict[str, Any]:
     for lora in loras:
         ranks = sorted({pair.rank for pair in lora.pairs.values()})
         facts[lora.target] = f"{len(lora.pairs)} modules of rank {', '.join(map(str, ranks))}"
+        shapes = folder_shapes(model, lora.target) if model else model_shapes(lora.target)
         try:
-            check_fit(lora, folder_shapes(model, lora.target) if model else model_shapes(lora.target))
+            check_fit(lora, shapes)
         except InputError as error:
             facts["fits"] = False
             facts[f"{lora.target} misfit"] = str(error)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ from ..weights.bundle import bundle_path
 from ..weights.prompt import save_prompt
 
 log = logging.getLogger(__name__)
+_LONGEST_NAME = 235
+"""Bytes, so that those of its samples have at most 255, also while they are written."""
 _CANDIDATES = 32
 """Number of random positions tried for each crop; the one that overlaps least with the other crops is used."""
 
@@ -262,6 +265,10 @@ def _plan(inputs: Sequence[Path], output: Path, settings: Settings) -> list[Task
             raise InputError(f"{other} and {path} have the same name: prepare them in two output folders, and train on both")
         room = (header.height - 2 * margin) * (header.width - 2 * margin) // settings.crop**2
         count = min(settings.crops, max(1, room))
+        if len(os.fsencode(path.name)) > _LONGEST_NAME:
+            raise InputError(
+                f"{path}: expected a name of at most {_LONGEST_NAME} bytes, so that samples can be named after it"
+            )
         tasks.append(Task(path, tuple(output / SAMPLES / f"{path.name}-{n}.safetensors" for n in range(count))))
     return tasks
 

@@ -141,9 +141,7 @@ def _pixels(data: bytes, page: TiffPage) -> np.ndarray:
             return np.moveaxis(array, 0, -1) if apart else array
     read = None if apart else cv2.imdecode(np.frombuffer(_upright(data, page), np.uint8), cv2.IMREAD_UNCHANGED)
     if read is None or read.dtype != np.uint16 or read.shape[:2] != (page.imagelength, page.imagewidth):
-        raise RefusedError(
-            f"has {bits} bits per channel and is damaged, or compressed in an unknown way: save it again"
-        )
+        raise RefusedError(f"has {bits} bits per channel and is damaged, or compressed in an unknown way: save it again")
     return _from_bgr(read if bits == 16 else _full_range(np.right_shift(read, 16 - bits), bits))  # OpenCV shifts them left
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +48,9 @@ class DiffusersModel:
     dtype: torch.dtype
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Recommended options for this model: ``process_size``, ``wavelet_levels``."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    preview: Sequence[Sequence[float]] = ()
+    """As in the bundle that the model comes from."""
 
     vae_tile: int | None = None
     """Maximum side of the VAE's tiles in pixels; None for automatic."""
@@ -224,7 +227,9 @@ def model_from_bundle(bundle: Bundle, device: torch.device, dtype: torch.dtype) 
     try:
         transformer = _from_weights("transformer", bundle.configs["transformer"], weights, bundle.folded)
         vae = _from_weights("vae", bundle.configs["vae"], bundle.vae)
-        return DiffusersModel(transformer, vae, bundle.prompt, device, dtype, bundle.defaults)
+        return DiffusersModel(
+            transformer, vae, bundle.prompt, device, dtype, bundle.defaults, bundle.notes, bundle.preview
+        )  # fmt: skip
     except InputError as error:
         raise InputError(f"{bundle.source}: {error}") from error
 
@@ -261,7 +266,7 @@ def load_builtin(device: torch.device, dtype: torch.dtype) -> DiffusersModel:
 
 def merged_bundle(
     transformer: Any, vae: Any, prompt: PromptEmbeds, dtype: torch.dtype, defaults: Mapping[str, Any], notes: Mapping[str, str],
-    quantised: Literal["float8", "int8"] | None = None,
+    quantised: Literal["float8", "int8"] | None = None, preview: Sequence[Sequence[float]] = (),
 ) -> Bundle:  # fmt: skip
     """Make a self-contained bundle of a diffusers transformer, folded or not, and an autoencoder.
 
@@ -269,6 +274,7 @@ def merged_bundle(
         dtype: type of the stored weights; the VAE's are stored as ``vae_weights`` says.
         defaults: recommended options.
         notes: free text to store.
+        preview: colours of the latent channels, as in ``Bundle``.
         quantised: what to store the transformer's matrices as, ``float8.quantise`` or ``int8.quantise``, if not in ``dtype``;
             never the VAE's, which would lose the small change made by the encoder LoRA.
     """
@@ -280,7 +286,7 @@ def merged_bundle(
     folded = isinstance(transformer.time_text_embed, FoldedEmbedding)
     return Bundle(
         "merged", prompt, store(weights["transformer"], dtype), vae_weights(weights["vae"], dtype), configs, defaults, notes,
-        folded=folded, eight_bit=quantised == "float8", int8=quantised == "int8",
+        preview, folded=folded, eight_bit=quantised == "float8", int8=quantised == "int8",
     )  # fmt: skip
 
 

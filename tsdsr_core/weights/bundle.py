@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import some
 from ..errors import InputError
 from ..system.atomic import write_tensors
 from . import float8, int8
@@ -117,6 +118,7 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
     """Write a bundle, all or nothing.
 
     Raises:
+        InputError: for infinite and NaN values, which a smaller type may have made of larger ones.
         OSError: if it cannot be written.
     """
     description = {
@@ -132,6 +134,10 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
     tensors = {TOKENS_KEY: bundle.prompt.tokens, POOLED_KEY: bundle.prompt.pooled}
     tensors.update({f"transformer.{key}": tensor for key, tensor in bundle.transformer.items()})
     tensors.update({f"vae.{key}": tensor for key, tensor in bundle.vae.items()})
+    beyond = [key for key, tensor in tensors.items() if not is_finite(tensor)]
+    if beyond:
+        kind = str(tensors[beyond[0]].dtype).removeprefix("torch.")
+        raise InputError(f"{path}: {some(beyond)} would be infinite or NaN in {kind}: choose another dtype, fp32 or bf16")
     write_tensors(path, tensors, {METADATA_KEY: json.dumps(description, sort_keys=True)})
 
 

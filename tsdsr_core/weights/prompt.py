@@ -35,8 +35,16 @@ class PromptEmbeds:
             raise InputError(f"prompt embeddings of {shapes} have NaN or infinite values: the file is damaged")
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> PromptEmbeds:
-        """The same embeddings on another device or in another type."""
-        return PromptEmbeds(self.tokens.to(device, dtype), self.pooled.to(device, dtype))
+        """The same embeddings on another device or in another type.
+
+        Raises:
+            InputError: for values that the type cannot hold.
+        """
+        tokens, pooled = self.tokens.to(device, dtype), self.pooled.to(device, dtype)
+        if not (is_finite(tokens) and is_finite(pooled)):
+            kind = str(dtype).removeprefix("torch.")
+            raise InputError(f"the prompt embeddings have values beyond {kind}: choose another dtype, fp32 or bf16")
+        return PromptEmbeds(tokens, pooled)
 
     def pruned(self, count: int) -> PromptEmbeds:
         """Keep at most ``count`` tokens, those that differ most: greedy k-centre selection (Gonzalez 1985) from the first one.
@@ -132,8 +140,6 @@ def _load_tensor(path: Path) -> Tensor:
     value = load_pickle(path)
     if not isinstance(value, Tensor):
         raise InputError(f"{path} holds a {type(value).__name__}: expected a tensor")
-    if value.layout != torch.strided or value.is_meta or value.is_quantized:
-        raise InputError(f"{path} holds a sparse, quantised or empty tensor: expected a dense one")
     check_weights(path, {path.stem: value})
     return value.detach()
 

@@ -85,6 +85,9 @@ def read_tensors(path: Path, again: str = _AGAIN) -> tuple[dict[str, Tensor], di
 
 def check_types(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise ``InputError``, with ``path``, if a tensor does not hold floating-point numbers; values are not read."""
+    odd = [key for key, tensor in tensors.items() if not is_dense(tensor)]
+    if odd:
+        raise InputError(f"{path} holds sparse, nested, quantised or empty tensors in {some(odd)}: expected dense ones")
     foreign = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
     if foreign:
         kind = str(tensors[foreign[0]].dtype).removeprefix("torch.")
@@ -97,6 +100,15 @@ def check_weights(path: Path, tensors: Mapping[str, Tensor], again: str = _AGAIN
     damaged = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if damaged:
         raise InputError(f"{path} has NaN or infinite values in {some(damaged)}: it is damaged, {again}")
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary array of values; files of torch may hold others.
+
+    >>> is_dense(torch.ones(2)), is_dense(torch.ones(2).to_sparse()), is_dense(torch.ones(2, device="meta"))
+    (True, False, False)
+    """
+    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta or tensor.is_quantized)
 
 
 def is_finite(tensor: Tensor) -> bool:

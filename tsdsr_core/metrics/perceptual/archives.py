@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...system.atomic import no_file, reason
-from ...weights.reading import check_weights
+from ...weights.reading import check_weights, is_dense
 from .backbones import CHANNELS, Name
 from .weights import Weights, check_shapes
 
@@ -150,6 +150,8 @@ def _dists_tensors(data: bytes) -> dict[str, Tensor]:
         tensor = values.get(name) if isinstance(values, dict) else None
         if not isinstance(tensor, Tensor):
             raise InputError(f"the tensor {name} is missing")
+        if not is_dense(tensor):
+            raise InputError(f"the tensor {name} is sparse, nested, quantised or empty: expected a dense one")
         found[f"dists.{name}"] = tensor.detach().float().flatten()
     return found
 

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from ..tsdsr_core.checks import check_choice, check_number, described
 from ..tsdsr_core.system.memory import log
+from ..tsdsr_core.weights.reading import is_dense
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types that images, latents, masks and prompts may have; torch can hardly calculate with others."""
 _OVERSHOOT = 0.25
 """How far outside 0..1 values may lie, as after resizing, before the log mentions that they are clipped."""
 
@@ -62,8 +65,16 @@ def _check(field: Any, name: str, value: Any) -> Any:
         return check_choice(name, value, field.options)
     if kind == "IMAGE":
         check_image(name, value)
-    elif kind in _LOOKS and not _LOOKS[kind](value):
+        return value
+    if kind in _LOOKS and not _LOOKS[kind](value):
         raise ValueError(f"{name} {described(value)}: expected a {kind}; check the node connected to it")
+    if kind == "LATENT":
+        samples = value["samples"]
+        if isinstance(samples, Tensor) and not is_plain(samples):
+            raise ValueError(f"{name} {_told(samples)}: expected a LATENT of floats, not empty; check the node connected to it")
+    if kind == "CONDITIONING":
+        for tokens, extra in value:
+            check_prompt(name, tokens, extra.get("pooled_output"))
     return value
 
 
@@ -76,7 +87,7 @@ _LOOKS: dict[str, Callable[[Any], bool]] = {
         isinstance(value, list)
         and all(isinstance(part, list | tuple) and len(part) == 2 and isinstance(part[1], dict) for part in value)
     ),
-    "LATENT": lambda value: isinstance(value, dict) and hasattr(value.get("samples"), "shape"),  # joint ones are no Tensor
+    "LATENT": lambda value: isinstance(value, dict) and hasattr(value.get("samples"), "is_nested"),  # joint ones are no Tensor
 }
 """Whether a value looks like one of its type; the nodes say the rest of what they need."""
 
@@ -90,17 +101,58 @@ def _check_dynamic(field: Any, name: str, value: Any) -> dict[str, Any]:
     return {field.id: chosen, **_checked(options[chosen], value, f"{name}.")}
 
 
+def is_plain(value: Any) -> bool:
+    """Whether ``value`` is an ordinary tensor of floats, and not empty."""
+    return isinstance(value, Tensor) and is_dense(value) and value.dtype in FLOATS and value.numel() > 0
+
+
+def _told(value: Any) -> str:
+    return described(value) + (f" of {value.dtype}" if isinstance(value, Tensor) else "")
+
+
+def check_prompt(name: str, tokens: Any, pooled: Any) -> None:
+    """Raise ``ValueError`` unless these are finite floats ``(B, tokens, width)`` and ``(B, width)``; None is left to others."""
+    for part, value, shape in (("tokens", tokens, "(1, tokens, width)"), ("pooled output", pooled, "(1, width)")):
+        if value is not None and (not is_plain(value) or value.ndim != shape.count(",") + 1 or not torch.isfinite(value).all()):
+            raise ValueError(
+                f"{name} with {part} {_told(value)}: expected finite floats {shape}; check the node connected to it"
+            )
+
+
+def check_latents(latents: Any, channels: int, belongs: str) -> None:
+    """Raise ``ValueError`` unless ``latents`` are finite floats ``(B, channels, h, w)``; ``belongs`` says what to connect."""
+    if not is_plain(latents) or latents.ndim != 4 or latents.shape[1] != channels:
+        raise ValueError(f"the latent is {_told(latents)}: expected floats of (batch, {channels}, height, width); {belongs}")
+    if not torch.isfinite(latents).all():
+        raise ValueError("the latent has NaN or infinite values: check the image, and set vae_precision to fp32")
+
+
+def check_mask(mask: Any) -> Tensor:
+    """The noise mask of a latent, clipped to 0..1; raises ``ValueError`` unless it is finite floats and not empty."""
+    if not is_plain(mask) or mask.ndim < 2:
+        raise ValueError(f"the latent's noise mask is {_told(mask)}: expected a MASK of floats in 0..1, not empty")
+    if not torch.isfinite(mask).all():
+        raise ValueError("the latent's noise mask has NaN or infinite values: expected 0..1; check the node that made it")
+    return mask.clamp(0, 1)
+
+
 def check_image(name: str, image: Any) -> None:
     """Raise ``ValueError`` unless ``image`` is an IMAGE: float ``(B, H, W, 1, 3 or 4)``, not empty, finite, not in 0..255."""
     expected = "expected an IMAGE (batch, height, width, channels) of floats in 0..1 with 1, 3 or 4 channels"
-    if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
+    if (
+        not isinstance(image, Tensor)
+        or not is_dense(image)
+        or image.ndim != 4
+        or image.shape[-1] not in (1, 3, 4)
+        or 0 in image.shape
+    ):
         raise ValueError(f"{name} {described(image)}: {expected}, not empty")
-    if not image.is_floating_point():
+    if image.dtype not in FLOATS:
         raise ValueError(f"{name} of {image.dtype}: {expected}")
     low, high = (float(value) for value in image.aminmax())  # NaN where there is one
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} has NaN or infinite values: {expected}; check the node connected to it")
-    if image.mean(dtype=torch.float32) > 1:
+    if image.mean(dtype=torch.float64) > 1:
         raise ValueError(f"{name} has values from {low:g} to {high:g}, so the result would be white: {expected}")
     if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
         log.warning("%s has values from %g to %g; values outside 0..1 are clipped", name, low, high)

@@ -19,7 +19,7 @@ from .types import HostModel, Vae
 
 _LORAS = ("loras", files.FOLDER)
 _PROMPTS = (files.FOLDER, "embeddings")
-_BUNDLES = (files.FOLDER, "checkpoints")
+BUNDLES = (files.FOLDER, "checkpoints")
 _BUILTIN_NAME = "built-in model (no download)"
 
 
@@ -142,8 +142,10 @@ class LoadPrompt(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, prompt: str | None, **others: Any) -> Any:
+        if prompt is None:
+            return files.state(_PROMPTS, None)
         try:
-            path = files.find(_PROMPTS, prompt or "")
+            path = files.find(_PROMPTS, prompt)
             return [files.stamp(each) for each in pair_of(path) or (path,)]
         except (ValueError, OSError):  # gone, or in a folder that cannot be read
             return []
@@ -167,7 +169,7 @@ class LoadCheckpoint(io.ComfyNode):
             search_aliases=["tsdsr checkpoint", "tsdsr model", "tsdsr bundle", "load checkpoint"],
             inputs=[
                 field(
-                    io.Combo, "checkpoint", options=[_BUILTIN_NAME, *files.names(_BUNDLES)],
+                    io.Combo, "checkpoint", options=[_BUILTIN_NAME, *files.names(BUNDLES)],
                     default=_BUILTIN_NAME,
                     tooltip="The built-in model (nothing to download), or a TSD-SR bundle in models/tsdsr or "
                     "models/checkpoints. TSD-SR Save Checkpoint and the command tsdsr bundle --merge make bundles.",
@@ -179,10 +181,10 @@ class LoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str | None, **others: Any) -> Any:
-        return "" if checkpoint == _BUILTIN_NAME else files.state(_BUNDLES, checkpoint)
+        return "" if checkpoint == _BUILTIN_NAME else files.state(BUNDLES, checkpoint)
 
     @classmethod
     @checked
     def execute(cls, checkpoint: str, vae_precision: str) -> io.NodeOutput:
-        path = BUILTIN if checkpoint == _BUILTIN_NAME else files.find(_BUNDLES, checkpoint)
+        path = BUILTIN if checkpoint == _BUILTIN_NAME else files.find(BUNDLES, checkpoint)
         return io.NodeOutput(*models.load_bundle(path, inputs.PRECISIONS[vae_precision]))

@@ -10,6 +10,7 @@ from . import inputs
 from .checks import checked
 from .host import bundling, files, models, running, sampling
 from .host.schema import field, schema
+from .load import BUNDLES
 from .types import Conditioning, HostModel, Vae
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -54,7 +55,7 @@ class SaveCheckpoint(io.ComfyNode):
         models.check_vae(vae, model)
         files.output_prefix(filename_prefix)  # reports a bad prefix before the work
         bundle = bundling.to_bundle(model, vae, conditioning, _DTYPES[dtype], {"made by": "TSDSRSaveCheckpoint"})
-        path, shown = files.new_output(filename_prefix)
+        path, shown = files.new_output(filename_prefix, files.names(BUNDLES))
         write_bundle(path, bundle)
         running.show_text(cls, shown)
         return io.NodeOutput(ui=ui.PreviewText(shown))

@@ -42,6 +42,7 @@ class BaseModel(Protocol):
     diffusion_model: Any
     latent_format: LatentFormat
     model_config: Any
+    state_dict_for_saving: Any
 
     def memory_required(self, input_shape: list[int]) -> float: ...
 
@@ -83,6 +84,8 @@ class Vae(Protocol):
     latent_dim: int
     downscale_ratio: Any
     upscale_ratio: Any
+
+    get_sd: Any
 
     def model_size(self) -> int: ...
     def spacial_compression_encode(self) -> int: ...

@@ -16,7 +16,7 @@ from . import inputs
 from .checks import checked
 from .host import models, running, sampling
 from .host import vae as host_vae
-from .host.draft import Draft
+from .host.draft import Draft, draft_state
 from .host.schema import field, schema
 from .report import Report
 from .types import Conditioning, HostModel, Vae
@@ -75,6 +75,10 @@ class Upscale(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             accept_all_inputs=True,  # else a misspelt size or color_fix is no argument at all
         )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, draft: bool | None = False, **others: Any) -> Any:
+        return draft_state(draft)
 
     @classmethod
     @checked

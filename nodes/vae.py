@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -9,10 +11,10 @@ from torch import Tensor
 from ..tsdsr_core.image_size import plan_target
 from ..tsdsr_core.pipeline import from_pixels, to_pixels
 from . import inputs
-from .checks import checked
+from .checks import check_latents, checked
 from .host import models, placement, running
 from .host import vae as host_vae
-from .host.draft import Draft
+from .host.draft import Draft, draft_state
 from .host.schema import field, schema
 from .types import Latent, Vae
 
@@ -82,18 +84,22 @@ class Decode(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, draft: bool | None = False, **others: Any) -> Any:
+        return draft_state(draft)
+
+    @classmethod
     @checked
     def execute(cls, latent: Latent, vae: Vae, vae_tile: int = 0, draft: bool = False) -> io.NodeOutput:
         models.check_vae(vae)
         decoder = Draft(vae) if draft else None
         samples = latent["samples"]
+        check_latents(samples, vae.latent_channels, "connect the VAE that it was encoded with")
         factor = host_vae.factor_of(vae)
-        if (own := latent.get(models.FACTOR, factor)) != factor:
+        if (own := latent.get(models.FACTOR) or factor) != factor:
             raise ValueError(
                 f"the latent was encoded with {own} pixels per cell, but the VAE has {factor}: connect the VAE of TSD-SR Encode"
             )
         progress, device = running.NodeProgress(samples.shape[0] * host_vae.UNITS), running.image_device(vae.patcher)
-        host_vae.check_latents(vae, samples)
         top, left, height, width = placement.image_area(latent, factor)
         size = plan_target((height, width), 1, process_size=0)
         result = torch.empty(len(samples), height, width, 3, device=running.results_device())

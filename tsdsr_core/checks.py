@@ -78,5 +78,6 @@ def described(value: Any) -> str:
     if isinstance(value, str | bool | int | float | type(None)):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
-    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    nested = getattr(value, "is_nested", False)  # torch's cannot tell their shape
+    shape = f" of shape {tuple(value.shape)}" if not nested and hasattr(value, "shape") else ""
     return f"({type(value).__name__}{shape})"

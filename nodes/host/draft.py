@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import comfy.utils
+from pathlib import Path
+
 import folder_paths
 import torch
 from comfy.taesd.taesd import TAESD
 from torch import Tensor
 
+from ...tsdsr_core.weights.reading import check_weights, load_pickle, read_tensors
 from ..types import Vae
 from . import running
+from .files import stamp
 from .vae import UNITS, factor_of
 
 _NAME = "taesd3_decoder"
@@ -18,6 +21,18 @@ _SCALE, _SHIFT = 1.5305, 0.0609
 """SD3's latents are ``(unscaled - shift) * scale`` for it, as in the host's ``VAELoader.load_taesd``."""
 _TILE, _HALO = 128, 19
 """Latent cells. The decoder sees 10 beyond a pixel by its first convolutions, 5, 2.5 and 0.625 by those that follow."""
+
+
+def _file() -> Path | None:
+    names = [name for name in folder_paths.get_filename_list("vae_approx") if name.startswith(_NAME)]
+    path = folder_paths.get_full_path("vae_approx", names[0]) if names else None
+    return None if path is None else Path(path)
+
+
+def draft_state(draft: bool | None) -> str:
+    """Changes when the decoder's file does; "" without a draft, None for a choice that comes over a link."""
+    path = None if draft is False else _file()
+    return "" if path is None else stamp(path)
 
 
 class Draft:
@@ -31,17 +46,18 @@ class Draft:
         """
         if (factor_of(vae), vae.latent_channels) != (_FACTOR, _CHANNELS):
             raise ValueError("draft is for the latents of Stable Diffusion 3, and this is another VAE: turn draft off")
-        names = [name for name in folder_paths.get_filename_list("vae_approx") if name.startswith(_NAME)]
-        path = folder_paths.get_full_path("vae_approx", names[0]) if names else None
+        path = _file()
         if path is None:
             folder = folder_paths.folder_names_and_paths["vae_approx"][0][0]
             raise ValueError(
                 f"{_NAME}.safetensors is missing in {folder}: get it from github.com/madebyollin/taesd, or turn draft off"
             )
         self._decoder, self._dtype = TAESD(latent_channels=_CHANNELS).taesd_decoder, vae.vae_dtype
+        weights = load_pickle(path) if path.suffix.lower() in (".pt", ".pth", ".bin") else read_tensors(path)[0]
         try:
-            self._decoder.load_state_dict(comfy.utils.load_torch_file(path, safe_load=True))
-        except RuntimeError as error:
+            check_weights(path, weights)
+            self._decoder.load_state_dict(weights)
+        except (RuntimeError, AttributeError, TypeError) as error:
             raise ValueError(f"draft: {path} is not the decoder of TAESD3: get it from github.com/madebyollin/taesd") from error
 
     @torch.inference_mode()

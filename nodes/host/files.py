@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path, PureWindowsPath
 
@@ -55,9 +56,9 @@ def find(folders: tuple[str, ...], name: str) -> Path:
 
 
 def state(folders: tuple[str, ...], name: str | None) -> str:
-    """Changes when the file does, so that a replaced file is read again; "" for None, a name that comes over a link."""
+    """Changes when the file does, so that a replaced file is read again; when any file does if a link gives the name (None)."""
     if name is None:
-        return ""
+        return " ".join(state(folders, each) for each in names(folders, (*SUFFIXES, PICKLED)))
     try:
         return stamp(find(folders, name))
     except ValueError:
@@ -70,7 +71,7 @@ def stamp(path: Path) -> str:
         status = path.stat()
     except OSError:
         return ""
-    return f"{status.st_mtime_ns} {status.st_size}"
+    return f"{status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino} {status.st_size}"
 
 
 def output_prefix(prefix: str, now: datetime | None = None) -> str:
@@ -83,11 +84,18 @@ def output_prefix(prefix: str, now: datetime | None = None) -> str:
         ValueError: for a prefix that points outside the output folder, or a name that is too long.
     """
     base = Path(folder_paths.get_output_directory()).resolve()
+    try:
+        prefix.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"filename_prefix {prefix[:40]!r} has a character that no file name can have: remove it") from None
     text = _DATE.sub(lambda match: _date(match[1], now or datetime.now()), prefix).replace("\\", "/")
     absolute = Path(text).is_absolute()
     text = _ODD.sub("_", text) if not absolute else text.replace("\0", "_")
     wanted = os.path.normpath(base / text)
-    inside = Path(wanted).is_relative_to(base) and Path(wanted).resolve().is_relative_to(base)
+    try:
+        inside = Path(wanted).is_relative_to(base) and Path(wanted).resolve().is_relative_to(base)
+    except (OSError, RuntimeError) as error:  # a link to itself, or a path too long
+        raise ValueError(f"filename_prefix {prefix[:40]!r} cannot be used ({error}): choose another one") from error
     if not inside or (not absolute and PureWindowsPath(prefix).is_absolute()):
         raise ValueError(f"filename_prefix {prefix!r} points outside the output folder {base}: remove '..' and the leading '/'")
     parts = [_ODD.sub("_", part).strip().rstrip(". ") or "_" for part in Path(wanted).relative_to(base).parts]
@@ -101,8 +109,11 @@ def output_prefix(prefix: str, now: datetime | None = None) -> str:
     return "/".join(parts)
 
 
-def new_output(prefix: str) -> tuple[Path, str]:
+def new_output(prefix: str, listed: Collection[str] = ()) -> tuple[Path, str]:
     """The next free ``PREFIX_00001_.safetensors`` in the output folder, and the name to show.
+
+    Args:
+        listed: names in the loader's list: the new file gets none of them, or the loader would take the other file.
 
     Raises:
         ValueError: as ``output_prefix``, and where a file stands in the place of a folder.
@@ -113,8 +124,11 @@ def new_output(prefix: str) -> tuple[Path, str]:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(wanted, base)
     except (NotADirectoryError, FileExistsError) as error:
         raise ValueError(f"filename_prefix {prefix!r}: {error.filename} is a file, not a folder") from error
+    except OSError as error:
+        raise ValueError(f"filename_prefix {prefix[:40]!r}: {error.strerror or error}: choose another one") from error
     path = Path(folder) / f"{name}_{counter:05}_.safetensors"
-    while os.path.lexists(path):  # the host counts by the names it understands
+    taken = {Path(each).name for each in listed}
+    while os.path.lexists(path) or path.name in taken:  # the host counts by the names it understands
         counter += 1
         path = path.with_name(f"{name}_{counter:05}_.safetensors")
     return path, str(Path(subfolder) / path.name)

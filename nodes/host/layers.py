@@ -68,8 +68,13 @@ def remove_padding(model: HostModel, pooled: Tensor) -> None:
             projection.weight = nn.Parameter(projection.weight.detach()[:, :1].clone(), requires_grad=False)
             projection.in_features = 1
     diffusion.t_embedder = NoEmbedding()
+    model.model.state_dict_for_saving = _refuse_saving
     model.size = 0  # the host then measures it again
     model.set_attachments(POOLED, pooled)
+
+
+def _refuse_saving(*_: Any, **__: Any) -> Any:
+    raise ValueError("this model is folded, and ComfyUI cannot load such files: use the bundle that it came from instead")
 
 
 def float8_for_host(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,10 @@ log = logging.getLogger("tsdsr")
 
 
 class _Saved:
-    """What is put before the class of a patched VAE: the host's nodes that save a VAE would leave the patches out."""
+    """What is put before the class of a patched VAE and of the one that it was made of, for the host's nodes that save a VAE.
+
+    They take the weights as they lie there: of the patched one without its patches, or of both with them, where it was loaded.
+    """
 
     patcher: Patcher
 
@@ -79,9 +82,9 @@ def _patched_vae(vae: Vae, lora: Lora, strength: float, dtype: torch.dtype | Non
     levels = len(vae_shape({plain_key(key): weight for key, weight in weights.items()})["widths"])
     targets = {name: keys.get(f"{to_original(name, levels)}.weight") for name in lora.pairs}
     _add(patched.patcher, lora, targets, strength)
-    if not isinstance(patched, _Saved):
-        kind = type(patched)
-        patched.__class__ = type(kind.__name__, (_Saved, kind), {})
+    for each in (vae, patched):  # while the copy is loaded, its patches are in the weights that both share
+        if not isinstance(each, _Saved):
+            each.__class__ = type(type(each).__name__, (_Saved, type(each)), {})
     return patched
 
 

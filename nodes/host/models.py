@@ -118,7 +118,12 @@ def build_vae(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -
     vae = comfy.sd.VAE(sd=sd, dtype=dtype, config={"params": {"ddconfig": options, "embed_dim": shape["latents"]}})
     vae.latent_channels = shape["latents"]
     vae.downscale_ratio = vae.upscale_ratio = 2 ** (len(shape["widths"]) - 1)
+    vae.get_sd = _refuse_saving
     return vae
+
+
+def _refuse_saving() -> Any:
+    raise ValueError("ComfyUI's own VAE loader cannot load this VAE: save it with TSD-SR Save Checkpoint")
 
 
 def load_bundle(path: Path, vae_dtype: torch.dtype | None = None) -> tuple[HostModel, Vae, Conditioning]:

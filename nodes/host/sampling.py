@@ -17,11 +17,13 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ...tsdsr_core.checks import check_number
 from ...tsdsr_core.flow import TIMESTEP, one_step
 from ...tsdsr_core.pipeline import Options, pad_to
 from ...tsdsr_core.tiles.blend import velocity_in_memory
 from ...tsdsr_core.tiles.memory import CPU_BATCH, TileMemory
 from ...tsdsr_core.tiles.plan import TilePlan, Tiling
+from ..checks import check_latents, check_mask, check_prompt
 from ..types import Conditioning, HostModel, Patcher
 from . import layers, placement, previews, running
 from .models import check_sd3
@@ -63,7 +65,7 @@ class OneStepSampler(comfy.samplers.Sampler):
         patcher, base = model_wrap.model_patcher, model_wrap.inner_model
         check_sigmas(sigmas)
         check_model(patcher)
-        check_latents(latent_image, patcher)
+        _check_latents(latent_image, patcher)
         for prompts in model_wrap.conds.values():
             check_prompts(prompts, patcher)
         offset = _shift(base)
@@ -90,7 +92,7 @@ class OneStepSampler(comfy.samplers.Sampler):
         v = _crop(velocity_in_memory(velocity, padded, host_tiling(base, self.options, memory), memory, tick), z)
         placement.follow(z, v)
         if denoise_mask is not None:
-            v = v * denoise_mask
+            v = v * check_mask(denoise_mask)
         return one_step(z, v, self.options.strength) - offset
 
 
@@ -114,7 +116,8 @@ def run_one_step(
     """
     check_model(model)
     check_conditioning(conditioning, model)
-    check_latents(latents, model)
+    _check_latents(latents, model)
+    mask = None if mask is None else check_mask(mask)
     plan = plan_transformer_tiles(latents, model, options)
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning})
@@ -152,6 +155,9 @@ def check_model(model: HostModel) -> None:
         raise ValueError(
             f"another node changed the sampling of the MODEL (sigma 1 is timestep {timestep:g}, not 1000): remove that node"
         )
+    cache = model.model_options.get("transformer_options", {}).get("easycache")
+    if getattr(cache, "name", "") == "LazyCache":  # it takes the tiles for steps, and uses the result of one for others
+        raise ValueError("LazyCache re-uses results of earlier steps, but TSD-SR has one step only: remove that node")
 
 
 def check_conditioning(conditioning: Conditioning, model: HostModel) -> None:
@@ -176,6 +182,7 @@ def check_prompts(prompts: list[dict[str, Any]], model: HostModel) -> None:
                 raise ValueError(
                     f"the conditioning has {key!r}, which is not supported with tiled inference: remove the node that adds it"
                 )
+        check_prompt("the conditioning", tokens, pooled)
         expected = model.model.diffusion_model.context_embedder.in_features, _pooled_width(model)
         if (tokens.shape[-1], pooled.shape[-1]) != expected:
             raise ValueError(
@@ -187,25 +194,21 @@ def check_prompts(prompts: list[dict[str, Any]], model: HostModel) -> None:
                 "this checkpoint is folded and works only with the prompt it was made with: connect the CONDITIONING "
                 "output of its loader"
             )
-        if len(tokens) > 1:
+        if (count := max(len(tokens), len(pooled))) > 1:
             raise ValueError(
-                f"the conditioning is a batch of {len(tokens)} prompts: expected one prompt, which is used for all tiles"
+                f"the conditioning is a batch of {count} prompts: expected one prompt, which is used for all tiles"
             )
+        for name in ("start_percent", "end_percent"):
+            if name in prompt:
+                check_number(f"{name} of the conditioning", prompt[name], 0, 1)
     if prompts and all(prompt.get("start_percent", 0) > 0 or prompt.get("end_percent", 1) <= 0 for prompt in prompts):
         raise ValueError(
             "the timestep range of the conditioning leaves out the start, which is the only step of TSD-SR: remove the range"
         )
 
 
-def check_latents(latents: Tensor, model: HostModel) -> None:
-    """Raise ``ValueError`` unless ``latents`` are the model's: 4-dimensional, finite, not empty, of its channels."""
-    wanted = model.model.latent_format.latent_channels
-    if latents.is_nested or latents.ndim != 4 or 0 in latents.shape or latents.shape[1] != wanted:
-        raise ValueError(
-            f"the latent has the shape {tuple(latents.shape)}: expected (batch, {wanted}, height, width); use TSD-SR Encode"
-        )
-    if not torch.isfinite(latents).all():
-        raise ValueError("the latent has NaN or infinite values: check the image, and set vae_precision to fp32")
+def _check_latents(latents: Tensor, model: HostModel) -> None:
+    check_latents(latents, model.model.latent_format.latent_channels, "use TSD-SR Encode")
 
 
 def check_sigmas(sigmas: Tensor) -> None:

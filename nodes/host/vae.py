@@ -18,6 +18,7 @@ from ...tsdsr_core.vae import execute
 from ...tsdsr_core.vae.passes import Kernels
 from ...tsdsr_core.vae.plan import HEADROOM, PLACES, plan_tiles
 from ...tsdsr_core.vae.program import Program, decoder_program, encoder_program, plain
+from ..checks import check_latents
 from ..types import Vae
 from . import running
 
@@ -47,16 +48,6 @@ def encode(vae: Vae, pixels: Tensor, progress: running.NodeProgress, tile: int |
     return _run_half(vae, "encoder", pixels, progress, tile).chunk(2, 1)[0].float()
 
 
-def check_latents(vae: Vae, latents: Tensor) -> None:
-    """Raise ``ValueError`` for latents of another VAE, or that are not finite."""
-    if latents.is_nested or latents.ndim != 4 or 0 in latents.shape or latents.shape[1] != vae.latent_channels:
-        raise ValueError(
-            f"the latent has the shape {tuple(latents.shape)}: the VAE expects (batch, {vae.latent_channels}, height, width)"
-        )
-    if not torch.isfinite(latents).all():
-        raise ValueError("the latent has NaN or infinite values: check the image, and set vae_precision to fp32")
-
-
 def decode(vae: Vae, latents: Tensor, progress: running.NodeProgress, tile: int | None = None) -> Tensor:
     """Unscaled latents ``(B, C, h, w)`` to pixels ``(B, 3, H, W)`` in -1..1, fp32, on their device.
 
@@ -64,7 +55,7 @@ def decode(vae: Vae, latents: Tensor, progress: running.NodeProgress, tile: int 
         ValueError: as ``check_latents``.
         FloatingPointError: where the VAE overflows in fp32 too.
     """
-    check_latents(vae, latents)
+    check_latents(latents, vae.latent_channels, "connect the VAE that it was encoded with")
     return _run_half(vae, "decoder", latents, progress, tile).float()
 
 

@@ -280,14 +280,14 @@ CASES = {
     "CreateList": Case(on("a", "CreateList", "inputs.input0"), CUT),
 }  # fmt: skip
 FAILING = {
-    "LatentConcat of channels": (pair("LatentConcat", "a", "b", dim="t"), "(1, 32, 12, 14): the VAE expects (batch, 16"),
-    "HunyuanRefinerLatent": (guided("HunyuanRefinerLatent", 2, noise_augmentation=0.1), "(1, 32, 16, 12, 14): the VAE expects"),
+    "LatentConcat of channels": (pair("LatentConcat", "a", "b", dim="t"), "of shape (1, 32, 12, 14)) of torch.float32"),
+    "HunyuanRefinerLatent": (guided("HunyuanRefinerLatent", 2, noise_augmentation=0.1), "of shape (1, 32, 16, 12, 14)) of"),
     "LTXVConcatAVLatent": (
         pair("LTXVConcatAVLatent", "a", "b", ("video_latent", "audio_latent")), "(batch, 16, height, width)"
     ),
     "video": (
         lambda bench: bench.add("EmptyHunyuanLatentVideo", width=64, height=48, length=5, batch_size=1),
-        "(1, 16, 2, 6, 8): the VAE expects",
+        "of shape (1, 16, 2, 6, 8)) of torch.float32: expected",
     ),
     "LTXVImgToVideoInplace": (
         lambda bench: on(

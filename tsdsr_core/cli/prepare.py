@@ -266,9 +266,7 @@ def _plan(inputs: Sequence[Path], output: Path, settings: Settings) -> list[Task
         room = (header.height - 2 * margin) * (header.width - 2 * margin) // settings.crop**2
         count = min(settings.crops, max(1, room))
         if len(os.fsencode(path.name)) > _LONGEST_NAME:
-            raise InputError(
-                f"{path}: expected a name of at most {_LONGEST_NAME} bytes, so that samples can be named after it"
-            )
+            raise InputError(f"{path}: expected a name of at most {_LONGEST_NAME} bytes, so that samples can be named after it")
         tasks.append(Task(path, tuple(output / SAMPLES / f"{path.name}-{n}.safetensors" for n in range(count))))
     return tasks
 

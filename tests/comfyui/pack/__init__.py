@@ -14,7 +14,7 @@ import comfy.taesd.taesd
 import latent_preview
 import torch
 
-from .bad_values import BadValues, Disc, Value
+from .bad_values import BadValues, Disc, Text, Value
 from .int8_models import Int8Products, MultipliesInt8, Velocity
 
 
@@ -47,6 +47,25 @@ class OddLatent:
 
     def make(self, channels):
         return ({"samples": torch.randn(1, channels, 9, 7, generator=torch.Generator().manual_seed(0))},)
+
+
+MASKS = {
+    "nan": torch.full((1, 8, 8), torch.nan), "bool": torch.ones(1, 8, 8, dtype=torch.bool), "empty": torch.ones(1, 0, 8),
+    "whole numbers": torch.ones(1, 8, 8, dtype=torch.int64), "text": "x", "5": torch.full((1, 8, 8), 5.0),
+    "-5": torch.full((1, 8, 8), -5.0),
+}  # fmt: skip
+
+
+class OddMask:
+    """A latent with a noise mask that other nodes may make by mistake."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"latent": ("LATENT",), "kind": (list(MASKS),)}})
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, latent, kind):
+        return ({**latent, "noise_mask": MASKS[kind]},)
 
 
 class Wrapped:
@@ -320,6 +339,7 @@ class Prompt:
 NODE_CLASS_MAPPINGS = {
     "TestOddImage": OddImage,
     "TestOddLatent": OddLatent,
+    "TestOddMask": OddMask,
     "TestWrapped": Wrapped,
     "TestSmallModel": SmallModel,
     "TestOtherModel": OtherModel,
@@ -335,6 +355,7 @@ NODE_CLASS_MAPPINGS = {
     "TestCensus": Census,
     "TestPrompt": Prompt,
     "TestBadValues": BadValues,
+    "TestText": Text,
     "TestValue": Value,
     "TestDisc": Disc,
     "TestSwitchedVae": SwitchedVae,

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import torch
 
 import nodes
@@ -24,7 +25,24 @@ IMAGES = {
     "nan": torch.full((1, 8, 8, 3), torch.nan),
     "infinite": torch.full((2, 8, 8, 4), torch.inf),
     "0 to 255": 255 * torch.rand(1, 8, 8, 3),
+    "8-bit floats": torch.rand(1, 8, 8, 3).to(torch.float8_e4m3fn),
+    "sparse": torch.rand(1, 8, 8, 3).to_sparse(),
+    "nested": torch.nested.nested_tensor([torch.rand(8, 8, 3)]),
+    "meta": torch.rand(1, 8, 8, 3, device="meta"),
+    "beyond fp32": torch.full((1, 8, 8, 3), 1e300, dtype=torch.float64),
 }
+TENSORS = {
+    "text": "x", "numbers": [1.0], "array": np.zeros((1, 16, 4, 4)), "empty": torch.zeros(1, 16, 0, 4),
+    "whole numbers": torch.ones(1, 16, 4, 4, dtype=torch.int64), "complex": torch.zeros(1, 16, 4, 4, dtype=torch.complex64),
+    "8-bit floats": torch.zeros(1, 16, 4, 4).to(torch.float8_e4m3fn), "sparse": torch.ones(1, 16, 4, 4).to_sparse(),
+    "nested": torch.nested.nested_tensor([torch.ones(16, 4, 4)]), "meta": torch.ones(1, 16, 4, 4, device="meta"),
+}  # fmt: skip
+PROMPTS = {
+    **{f"tokens {name}": (value, torch.zeros(1, 64)) for name, value in TENSORS.items()},
+    **{f"pooled {name}": (torch.zeros(1, 8, 64), value) for name, value in TENSORS.items()},
+    "flat tokens": (torch.zeros(8, 64), torch.zeros(1, 64)), "flat pooled": (torch.zeros(1, 8, 64), torch.zeros(64)),
+    "nan": (torch.full((1, 8, 64), torch.nan), torch.zeros(1, 64)),
+}  # fmt: skip
 OBJECTS = {"None": None, "number": 3, "dictionary": {}, "text": "x", "list": [3]}
 BAD = {
     "INT": {**NUMBERS, "1.5": 1.5},
@@ -33,7 +51,9 @@ BAD = {
     "STRING": {"number": 3, "None": None},
     "BOOLEAN": {"number": 1, "text": "true", "None": None, "list": []},
     "IMAGE": IMAGES,
-    **dict.fromkeys(("MODEL", "VAE", "CONDITIONING", "LATENT"), OBJECTS),
+    **dict.fromkeys(("MODEL", "VAE"), OBJECTS),
+    "CONDITIONING": {**OBJECTS, **{name: [[tokens, {"pooled_output": pooled}]] for name, (tokens, pooled) in PROMPTS.items()}},
+    "LATENT": {**OBJECTS, **{f"samples {name}": {"samples": value} for name, value in TENSORS.items()}},
 }
 """By type, under a name for reports."""
 MISSING = object()
@@ -110,6 +130,18 @@ class Value:
 
     def make(self, kind, name):
         return (BAD[kind][name],)
+
+
+class Text:
+    """A text of any type, as nodes give it that choose a file."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"text": ("STRING", {})}})
+    RETURN_TYPES = ("*",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, text):
+        return (text,)
 
 
 class Disc:

@@ -87,7 +87,7 @@ def other_channels(host, sd3, graph):
     latent = graph.add("TestOddLatent", channels=4)
     step = graph.add("TSDSROneStep", model=(loader, 0), conditioning=(loader, 2), latent=(latent, 0), strength=1.0, **TILES)
     graph.add("PreviewAny", source=(step, 0))
-    return "expected (batch, 16, height, width)"
+    return "expected floats of (batch, 16, height, width)"
 
 
 def odd_image(kind, message):
@@ -126,7 +126,7 @@ def latent_of_another_vae(host, sd3, graph):
     loader = graph.add("TSDSRLoadCheckpoint", checkpoint=BUILTIN, vae_precision="auto")
     decoded = graph.add("TSDSRDecode", latent=(graph.add("TestOddLatent", channels=4), 0), vae=(loader, 1))
     graph.add("PreviewImage", images=(decoded, 0))
-    return "the VAE expects (batch, 16, height, width)"
+    return "expected floats of (batch, 16, height, width); connect the VAE"
 
 
 def a_result_too_large(host, sd3, graph):

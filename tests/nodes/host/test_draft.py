@@ -101,3 +101,23 @@ def test_what_a_draft_lacks_is_named(host, folder, node):
     assert "draft is for the latents of Stable Diffusion 3" in said(builtin=True)
     save_file({"other": torch.ones(1)}, folder / "taesd3_decoder.safetensors")
     assert "is not the decoder of TAESD3" in said()
+    for damage, expected in ((b"", "is empty"), (b"<html>404", "is a web page")):
+        (folder / "taesd3_decoder.safetensors").write_bytes(damage)
+        assert f"taesd3_decoder.safetensors {expected}" in said()
+    damaged = weights(DECODER)
+    next(iter(damaged.values())).view(-1)[0] = torch.nan
+    save_file(damaged, folder / "taesd3_decoder.safetensors")
+    assert "taesd3_decoder.safetensors has NaN or infinite values" in said()
+    (folder / "taesd3_decoder.safetensors").unlink()
+    (folder / "taesd3_decoder.pth").write_bytes(b"<html>404")
+    assert "taesd3_decoder.pth is a web page" in said()
+
+
+def test_a_replaced_decoder_is_read_again(host, folder):
+    graph, save = graph_of("TSDSRDecode", draft=True)
+    pictures = []
+    for gain in (1.0, 0.5):
+        changed = {name: gain * tensor for name, tensor in weights(DECODER).items()}
+        save_file(changed, folder / "taesd3_decoder.safetensors")
+        pictures.append(host.run(graph).pictures(save)[0].astype(int))
+    assert np.abs(pictures[0] - pictures[1]).mean() > 4

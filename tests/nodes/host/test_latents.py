@@ -118,7 +118,7 @@ def test_a_joint_latent_is_refused_by_the_step(host, small):
     bench.add("PreviewAny", source=bench.step(FAILING["LTXVConcatAVLatent"][0](bench)))
     result = host.run(bench.graph)
     assert result.status == "error"
-    assert "expected (batch, 16, height, width)" in result.error
+    assert "expected floats of (batch, 16, height, width)" in result.error
 
 
 def test_a_reloaded_latent_keeps_its_padding(host, small):

@@ -12,6 +12,7 @@ class VAE:
     latent_dim: int
     downscale_ratio: Any
     upscale_ratio: Any
+    get_sd: Any
 
     def __init__(
         self, sd: dict[str, Tensor], dtype: torch.dtype | None = None, config: dict[str, Any] | None = None

@@ -489,3 +489,20 @@ def test_sides_beyond_the_positions_of_the_model_are_refused(tmp_path, capsys):
     for name, value in (("data.crop", 3088), ("run.batch", 10**15), ("model.rank", 10**12)):
         assert train(CONFIGS / "smoke.toml", "--dry-run", "--set", "model.trained=lora", f"{name}={value}") == 2
         assert f"{name} = {value}: " in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_foreign_weights_is_one_sentence(published, photos, tmp_path, capsys):
+    path = tmp_path / "out" / "last.pt"
+    assert smoke(photos, path.parent, *lora_arguments(published), settings=[*LORA, "run.steps=1"]) == 0
+    whole = torch.load(path, weights_only=True)
+    tensor = next(iter(whole["average"].values()))
+    for average, said in (
+        ({**whole["average"], "foo": tensor}, "the weight 'foo'"), ({**whole["average"], 1: tensor}, "have no name"),
+        ({}, "no weights of the transformer's LoRA"), ({"transformer": tensor}, "the weight 'transformer'"),
+        ({**whole["average"], "x": tensor.to_sparse()}, "sparse, nested, quantised or empty"),
+    ):  # fmt: skip
+        torch.save({**whole, "average": average}, path)
+        capsys.readouterr()
+        assert main(["train", "export", str(path), "-o", str(tmp_path / "exported")]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "exported").exists()

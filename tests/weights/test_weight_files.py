@@ -134,8 +134,8 @@ def test_damage_anywhere_in_a_pickle_never_escapes(old, tmp_path):
     [
         ({"a": torch.ones(1)}, "holds a dict: expected a tensor"),
         (torch.ones(1, 3, 8, dtype=torch.int64), "holds int64 numbers"),
-        (torch.ones(1, 3, 8).to_sparse(), "expected a dense one"),
-        (torch.ones(1, 3, 8, device="meta"), "expected a dense one"),
+        (torch.ones(1, 3, 8).to_sparse(), "expected dense ones"),
+        (torch.ones(1, 3, 8, device="meta"), "expected dense ones"),
         (torch.full((1, 3, 8), torch.inf), "NaN or infinite values"),
         (torch.ones(1, 0, 8), "expected"),
         (torch.ones(8), "expected"),

@@ -91,6 +91,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for tensors in (*values["weights"].values(), values["average"], values["prompt"]):
         if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise InputError(f"{path} is damaged: some of its weights are not tensors")
+        if not all(isinstance(name, str) and name for name in tensors):
+            raise InputError(f"{path} is damaged: some of its weights have no name")
         check_weights(path, tensors, _AGAIN)
     if set(values["prompt"]) != {"tokens", "pooled"}:
         raise InputError(f"{path} is damaged: its prompt is incomplete")

@@ -86,9 +86,13 @@ def adapter_files(average: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]
     parts: dict[str, dict[str, Tensor]] = {"transformer": {}, "vae": {}}
     for name, value in average.items():
         part, _, key = name.partition(".")
+        if part not in parts or not key:
+            raise InputError(f"the checkpoint has the weight {name!r}, which is none of a LoRA of the transformer or the VAE")
         for role in (STUDENT, TEACHER):
             key = key.replace(f".{role}.", ".")
-        parts[part][key] = value.detach().cpu().contiguous()
+        parts[part][key] = value.detach().cpu().contiguous().clone()  # files hold no shared memory
+    if not parts["transformer"]:
+        raise InputError("the checkpoint has no weights of the transformer's LoRA: it is damaged")
     return parts
 
 

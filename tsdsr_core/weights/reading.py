@@ -112,7 +112,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite; needs no memory of their size, except for 8-bit floats.
+    """Whether all values are finite, in fp32 too; needs no memory of their size, except for 8-bit floats.
 
     >>> is_finite(torch.ones(2)), is_finite(torch.tensor([1.0, float("nan")]))
     (True, False)
@@ -120,7 +120,7 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.numel() == 0:
         return True
     ends = torch.aminmax(tensor.half() if tensor.element_size() == 1 else tensor)  # NaN propagates
-    return bool(torch.isfinite(ends.min) and torch.isfinite(ends.max))
+    return bool(torch.isfinite(ends.min.float()) and torch.isfinite(ends.max.float()))
 
 
 def parse_json(text: str) -> Any:
@@ -137,6 +137,10 @@ def parse_json(text: str) -> Any:
         return json.loads(text, parse_constant=refuse)
     except RecursionError as error:
         raise InputError("it is nested too deeply") from error
+    except ValueError as error:
+        if not str(error).startswith("Exceeds the limit"):  # Python's advice is for programmers
+            raise
+        raise InputError("it has a number of thousands of digits") from error
 
 
 @contextmanager

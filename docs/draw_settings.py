@@ -2,8 +2,8 @@
 
     python docs/draw_settings.py
 
-Writes web/docs/images/strength.png and color_fix.png: parts of docs/examples, restored by the built-in model.  For the
-colour fixes the result has a strong colour cast, since the model's own is hardly visible.
+Writes web/docs/images/strength.png, tile.png and color_fix.png: parts of docs/examples, restored by the built-in model.  For
+the colour fixes the result has a strong colour cast, since the model's own is hardly visible.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ def main() -> None:
     window, parrots = (read_picture(ROOT / "docs" / "examples" / f"{name}.png").rgb for name in ("window", "parrots"))
     dials = {f"strength {value:g}": restored(window, strength=value) for value in (0.0, 0.5, 1.0)}
     grid({"input": enlarged(window), **dials}, (200, 160, 400, 360)).save(images / "strength.png", optimize=True)
+    whole, small = restored(window), restored(window, tile=16, tile_overlap=0)
+    print(f"tile 16: {255 * float((whole - small).abs().mean()):.1f} levels from automatic on average")
+    tiles = {"automatic": whole, "tile 16, overlap 0": small, "difference, 10 times": (10 * (whole - small).abs()).clamp(0, 1)}
+    grid({"input": enlarged(window), **tiles}, (320, 120, 560, 320)).save(images / "tile.png", optimize=True)
     reference, result = enlarged(parrots), (restored(parrots) * CAST.view(3, 1, 1) + 0.1).clamp(0, 1)
     fixes = {name: match_colour(result, reference, name, usual.wavelet_levels).clamp(0, 1) for name in METHODS}
     grid({"input": reference, **fixes}, (100, 32, 740, 512), 3).save(images / "color_fix.png", optimize=True)

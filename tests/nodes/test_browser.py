@@ -51,12 +51,15 @@ def test_the_classic_view_folds_away_what_few_people_need(page):
 
 SEARCH = """query => document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('nodeDef')
   .nodeSearchService.searchNode(query, [], {limit: 64}).map(node => node.name)"""
+ALIASES = "async () => (await app.api.getNodeDefs()).TSDSRUpscale.search_aliases ?? []"
 WISHES = ["old photo", "enhance", "denoise", "sharpen", "restoration", "jpeg artifacts", "face", "upscale", "restore", "grain"]
 
 
 @pytest.mark.parametrize("query", [*WISHES, "tsdsr", "tsd-sr"])
 def test_the_node_search_finds_the_upscaler(query, page):
     """By the frontend's own search, which ranks matches of names, short ones first, before those of aliases."""
+    if query in WISHES and not page.evaluate(ALIASES):
+        pytest.skip("this ComfyUI knows no search aliases")
     found = page.evaluate(SEARCH, query)
     assert "TSDSRUpscale" in found
     parts = [name for name in found if name.startswith("TSDSR")]

@@ -152,7 +152,7 @@ def check_image(name: str, image: Any) -> None:
     low, high = (float(value) for value in image.aminmax())  # NaN where there is one
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} has NaN or infinite values: {expected}; check the node connected to it")
-    if image.mean(dtype=torch.float64) > 1:
+    if image.mean(dtype=torch.promote_types(image.dtype, torch.float32)) > 1:
         raise ValueError(f"{name} has values from {low:g} to {high:g}, so the result would be white: {expected}")
     if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
         log.warning("%s has values from %g to %g; values outside 0..1 are clipped", name, low, high)

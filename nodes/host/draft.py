@@ -30,7 +30,11 @@ def _file() -> Path | None:
 
 
 def draft_state(draft: bool | None) -> str:
-    """Changes when the decoder's file does; "" without a draft, None for a choice that comes over a link."""
+    """Changes when the decoder's file does; "" without a draft.
+
+    Args:
+        draft: None if a link gives the choice.
+    """
     path = None if draft is False else _file()
     return "" if path is None else stamp(path)
 

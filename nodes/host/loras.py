@@ -25,7 +25,8 @@ log = logging.getLogger("tsdsr")
 class _Saved:
     """What is put before the class of a patched VAE and of the one that it was made of, for the host's nodes that save a VAE.
 
-    They take the weights as they lie there: of the patched one without its patches, or of both with them, where it was loaded.
+    Those nodes read the weights that the copy and the original share: without the copy's patches, or, while the copy is loaded,
+    with them even for the original.
     """
 
     patcher: Patcher

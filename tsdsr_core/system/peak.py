@@ -21,7 +21,7 @@ class Peak:
             self._sampler = _ResidentMemory()
             self.before = self._sampler.peak
             self._sampler.start()
-        elif hasattr(getattr(torch, device.type), "max_memory_allocated"):
+        elif hasattr(getattr(torch, device.type, None), "max_memory_allocated"):
             with suppress(RuntimeError):  # some drivers keep no such statistics
                 getattr(torch, device.type).reset_peak_memory_stats(device)
                 self.before = getattr(torch, device.type).memory_allocated(device)

@@ -1,5 +1,6 @@
 """The templates in the real frontend, classic and Nodes 2.0: opened, run, found, and the first run of a new user."""
 
+import contextlib
 import io
 import json
 import time
@@ -14,6 +15,8 @@ from ..comfyui import host as host_module
 from ..comfyui.frontend import FOLDER, SAME_TYPES, WAIT, WORKFLOWS, drop, run_in_page, types_of
 from ..comfyui.host import Host
 
+ACT = 5_000
+"""Milliseconds to wait for an element of a dialog that may be closing."""
 VIEWS = ["classic", "Nodes 2.0"]
 MISSING = """() => {
   const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
@@ -110,7 +113,7 @@ def open_template(page, name: str) -> None:
 
 def choose_pack(dialog) -> None:
     """Show the pack's own templates."""
-    dialog.get_by_text(host_module.PACK).first.evaluate("entry => entry.click()", timeout=WAIT)
+    dialog.get_by_text(host_module.PACK).first.evaluate("entry => entry.click()", timeout=ACT)
 
 
 def browse_until(page, card, act) -> None:
@@ -118,11 +121,14 @@ def browse_until(page, card, act) -> None:
 
     The dialog is drawn again while its list loads, and the one before may still be closing: what was done then is lost.
     """
+    from playwright.sync_api import TimeoutError as TooLong
+
     deadline = time.monotonic() + WAIT / 1000
     while time.monotonic() < deadline:
         if not page.get_by_role("dialog").first.is_visible():
             page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-        act(page.get_by_role("dialog"))
+        with contextlib.suppress(TooLong):  # in a dialog that was closing
+            act(page.get_by_role("dialog"))
         for _ in range(20):
             if card.is_visible():
                 return
@@ -143,7 +149,7 @@ def test_the_template_browser_finds_them(query, page):
     dialog = page.get_by_role("dialog")
     search = dialog.get_by_role("textbox").first
     expected = next(path.stem for path in WORKFLOWS if query.lower() in path.stem.lower())
-    browse_until(page, dialog.get_by_text(expected, exact=True).first, lambda _: search.fill(query))
+    browse_until(page, dialog.get_by_text(expected, exact=True).first, lambda _: search.fill(query, timeout=ACT))
     search.fill("")
     box, height = dialog.first.bounding_box(), page.viewport_size["height"]
     below = (box["y"] + box["height"] + height) / 2

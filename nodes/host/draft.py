@@ -9,7 +9,7 @@ import torch
 from comfy.taesd.taesd import TAESD
 from torch import Tensor
 
-from ...tsdsr_core.weights.reading import check_weights, load_pickle, read_tensors
+from ...tsdsr_core.weights.reading import SUFFIXES, check_weights, load_pickle, read_tensors
 from ..types import Vae
 from . import running
 from .files import stamp
@@ -57,7 +57,7 @@ class Draft:
                 f"{_NAME}.safetensors is missing in {folder}: get it from github.com/madebyollin/taesd, or turn draft off"
             )
         self._decoder, self._dtype = TAESD(latent_channels=_CHANNELS).taesd_decoder, vae.vae_dtype
-        weights = load_pickle(path) if path.suffix.lower() in (".pt", ".pth", ".bin") else read_tensors(path)[0]
+        weights = read_tensors(path)[0] if path.suffix.lower() in SUFFIXES else load_pickle(path)
         try:
             check_weights(path, weights)
             self._decoder.load_state_dict(weights)

@@ -67,10 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # of standard output: its reader, such as ``head``, has all that it wanted
-        _drop_output()
+        _drop(sys.stdout)
         return 141
     except _OutputError as error:
-        _drop_output()
+        _drop(sys.stdout)
         print(f"standard output could not be written: {error}", file=sys.stderr)
         return 1
 
@@ -101,14 +101,18 @@ class _OutputError(Exception):
     """Standard output cannot be written, for the reason in the message."""
 
 
-class _Output:
-    """Standard output whose errors are of a kind of their own, even where they come in the middle of the work."""
+class _Stream:
+    """A stream with another way to write."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class _Output(_Stream):
+    """Standard output whose errors are of a kind of their own, even where they come in the middle of the work."""
 
     def write(self, text: str) -> int:
         with _output_errors():
@@ -119,27 +123,21 @@ class _Output:
             self._stream.flush()
 
 
-class _Messages:
+class _Messages(_Stream):
     """Standard error, which nobody may be able to read (a log on a full disk): that changes neither results nor exit code."""
-
-    def __init__(self, stream: io.TextIOWrapper) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            _drop(self._stream)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            _drop(self._stream)
 
 
 @contextmanager
@@ -162,9 +160,9 @@ def _flush() -> None:
             sys.stdout.flush()
 
 
-def _drop_output() -> None:
-    """Let what standard output still holds back go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop(stream: Any) -> None:
+    """Let what a stream still holds back go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(arguments: list[str], alone: bool) -> int:

@@ -1,6 +1,7 @@
 """VSD, TSD and TSD + DASM on drawn digits: small enough for two CPU cores, with the project's own losses, trainer and loop.
 
-    python docs/experiments/digits.py --out runs/digits    # the whole table and the picture: half an hour on one core
+    python docs/experiments/digits.py --out runs/digits    # the whole table and the picture: 31 minutes on one core
+    python docs/experiments/digits.py --out runs/digits --processes 2      # the same, 19 minutes on two cores
     python docs/experiments/digits.py --out runs/digits --seeds 1
 
 Digits of 28x28 pixels, drawn with random shape, width and slant, are 64 numbers each (principal components).  The teacher, psi,

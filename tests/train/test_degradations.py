@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from tsdsr_core.train.data import kernels
-from tsdsr_core.train.data.degradations import PRESETS, compress_jpeg, degrade, poisson
+from tsdsr_core.train.data.degradations import PRESETS, degrade
+from tsdsr_core.train.data.degradations.operations import compress_jpeg
+from tsdsr_core.train.data.degradations.real_esrgan import poisson
 
 from ..support.tiny import photo
 
@@ -72,7 +74,7 @@ def test_the_sinc_filter_is_a_low_pass_with_its_cutoff():
 def test_noise_has_the_wanted_deviation():
     import dataclasses
 
-    from tsdsr_core.train.data.degradations import _noise
+    from tsdsr_core.train.data.degradations.real_esrgan import _noise
 
     stage = dataclasses.replace(PRESETS["light"].stages[0], noise_sigma=(10.0, 10.0), grey_noise_probability=0.0)
     grey = torch.full((3, 200, 200), 0.5)

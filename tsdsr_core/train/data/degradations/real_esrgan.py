@@ -1,7 +1,6 @@
-"""Degradation of good images to low-quality inputs: Real-ESRGAN's second-order model (Wang et al. 2021, sec. 3) and more.
+"""Real-ESRGAN's second-order degradation (Wang et al. 2021, sec. 3): blur, resize, noise and JPEG, twice, with presets.
 
-All random numbers come from the given generator, and how many are drawn never depends on pixel values, so a seed gives the
-same image on every machine, up to rounding.  Images are float tensors ``(3, H, W)`` in 0..1 on the CPU.
+Images are float tensors ``(3, H, W)`` in 0..1 on the CPU.
 
 The preset "realesrgan" has the parameters of the published option file.  The operations differ from the published program
 in these points, so models trained with either have seen slightly different inputs:
@@ -23,8 +22,7 @@ import torch
 from torch import Generator, Tensor
 
 from . import kernels
-from .image_operations import chance, compress_jpeg, convolve, random_mode, resize, uniform
-from .real_faults import KINDS
+from .operations import chance, compress_jpeg, convolve, random_mode, resize, uniform
 
 Range = tuple[float, float]
 
@@ -85,39 +83,18 @@ PRESETS = {
     "realesrgan": Preset((_FIRST, _SECOND), 0.8),
 }
 
-PRESET_NAMES = (*PRESETS, *KINDS)
-"""Names of all presets: those that follow Real-ESRGAN, then the faults of real photographs (``real_faults``)."""
 
-
-def degrade(image: Tensor, scale: int, preset: str, generator: Generator) -> Tensor:
-    """Make a low-resolution, degraded version of ``image``, as a camera and a few websites would.
-
-    Args:
-        image: ``(3, H, W)`` in 0..1, H and W multiples of ``scale``.
-        scale: reduction factor of the size.
-        preset: a name in ``PRESET_NAMES``.
-        generator: CPU generator; the only source of randomness.
-
-    Returns:
-        ``(3, H / scale, W / scale)`` in 0..1, rounded to 8 bits.
-
-    >>> photo = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0))
-    >>> degrade(photo, 4, "medium", torch.Generator().manual_seed(1)).shape
-    torch.Size([3, 16, 24])
-    """
-    height, width = image.shape[1] // scale, image.shape[2] // scale
-    if preset in KINDS:
-        return (KINDS[preset](image, (height, width), generator).clamp(0, 1) * 255).round() / 255
-    plan = PRESETS[preset]
+def degrade_in_stages(image: Tensor, size: tuple[int, int], plan: Preset, generator: Generator) -> Tensor:
+    """Degrade ``image`` with the stages of ``plan``; the result has ``size`` (height, width) and is rounded to 8 bits."""
     for index, stage in enumerate(plan.stages):
         last = index == len(plan.stages) - 1
         image = _blur(image, stage, generator)
-        base_size = (height, width) if last else (image.shape[1], image.shape[2])
+        base_size = size if last else (image.shape[1], image.shape[2])
         image = _random_resize(image, base_size, stage, generator)
         image = _noise(image, stage, generator)
         if not last:
             image = compress_jpeg(image, round(uniform(stage.jpeg_quality, generator)))
-    return _final_resize(image, (height, width), plan, generator)
+    return _final_resize(image, size, plan, generator)
 
 
 def _final_resize(image: Tensor, size: tuple[int, int], plan: Preset, generator: Generator) -> Tensor:

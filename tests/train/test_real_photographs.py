@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tsdsr_core.metrics.spectrum import grid_peaks
 from tsdsr_core.train.data.degradations import degrade
-from tsdsr_core.train.data.real_faults import KINDS, grain, halo, jpeg, sensor, soft
+from tsdsr_core.train.data.degradations.real_photographs import KINDS, grain, halo, jpeg, sensor, soft
 
 from ..support.tiny import photo
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from . import kernels
-from .image_operations import chance, compress_jpeg, convolve, random_mode, resize, uniform
+from .operations import chance, compress_jpeg, convolve, random_mode, resize, uniform
 
 Fault = Callable[[Tensor, tuple[int, int], Generator], Tensor]
 """Maps a good image, the (height, width) of the result and a generator to a low-resolution image."""

@@ -51,6 +51,60 @@ def test_a_missing_package_is_named_when_it_is_needed(tmp_path):
     assert ended.stderr.count("\n") == 1
 
 
+def broken(folder: Path, name: str, error: str) -> str:
+    """The code that finds a package which is installed in ``folder`` and does not load."""
+    (folder / f"{name}.py").write_text(f"raise {error}")
+    information = folder / f"{name}-0.28.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.28.0\n")
+    return f"sys.path.insert(0, {str(folder)!r})"
+
+
+NO_OPERATOR = "RuntimeError('operator torchvision::nms does not exist')"
+"""What torchvision for another build of torch raises."""
+
+
+def test_a_torchvision_that_does_not_load_is_not_needed(tmp_path):
+    """As after installing pyiqa beside a PyTorch for the CPU; diffusers and transformers import torchvision if it is there."""
+    before = broken(tmp_path, "torchvision", NO_OPERATOR)
+    ended = start(tmp_path, before=before)
+    assert json.loads(ended.stdout.splitlines()[-1])["code"] == 0, ended.stderr
+    program = (
+        f"import sys\n{before}\nfrom tsdsr_core.cli import main\nassert main() == 0\n"
+        "import diffusers.loaders.peft, transformers.image_utils, transformers.modeling_utils"
+    )
+    Image.new("RGB", (512, 512)).save(tmp_path / "photo.png")
+    given = ["evalset", str(tmp_path / "photo.png"), "--out", str(tmp_path / "set")]
+    subprocess.run([sys.executable, "-c", program, "train", *given], check=True, cwd=ROOT)
+
+
+def test_pyiqa_says_what_its_torchvision_needs(tmp_path):
+    """Where torchvision is needed, it is imported, and its error explained."""
+    before = broken(tmp_path, "torchvision", NO_OPERATOR)
+    (tmp_path / "pyiqa.py").write_text("import torchvision")
+    Image.new("RGB", (24, 16)).save(tmp_path / "in.png")
+    program = f"import sys\n{before}\nfrom tsdsr_core.cli import main\nsys.exit(main())"
+    given = ["eval", "--lq", str(tmp_path), "--hq", str(tmp_path), "--metrics", "musiq"]
+    ended = subprocess.run([sys.executable, "-c", program, *given], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 2
+    assert "it does not load: operator torchvision::nms does not exist; torch and torchvision must be" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["upscale", "in.png", "-o", "out.png"], ["train", "--help"]])
+@pytest.mark.parametrize("error", ["ImportError('no such name')", "RuntimeError('Failed to import it: no such name')"])
+def test_a_package_that_does_not_load_is_one_line(command, error, tmp_path):
+    before = broken(tmp_path, "diffusers", error)
+    Image.new("RGB", (24, 16)).save(tmp_path / "in.png")
+    program = f"import sys\n{before}\nfrom tsdsr_core.cli import main\nsys.exit(main())"
+    given = [str(tmp_path / part) if part.endswith(".png") else part for part in command]
+    ended = subprocess.run([sys.executable, "-c", program, *given], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"tsdsr {command[0]}: error: an installed package does not load (")
+    assert "no such name). To install versions that fit each other: pip install" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(("alone", "loaded"), [(True, True), (False, False), (False, True)])
 def test_a_program_that_goes_on_keeps_all_packages(alone, loaded, monkeypatch):
     """The program may use diffusers with peft next."""

@@ -24,6 +24,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import InputError, installation
+from ..system.imports import leave_out
 from .help import HelpFormatter
 
 COMMANDS = {
@@ -173,6 +174,7 @@ def _run(arguments: list[str], alone: bool) -> int:
         return 2
     if alone:  # OpenCV reads it on import
         os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+        leave_out("torchvision")  # only pyiqa needs it; with another build of torch than it was made for, it does not load
     parser = argparse.ArgumentParser(prog="tsdsr", description="One-step restoration and enlargement of photographs.")
     parser.add_argument("--version", action="version", version=f"tsdsr {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -187,8 +189,11 @@ def _run(arguments: list[str], alone: bool) -> int:
         if name in arguments[:1]:  # importing other commands, with torch and diffusers, would take seconds
             try:
                 command = importlib.import_module("." + _MODULES.get(name, name), __package__)
-            except ModuleNotFoundError as error:
-                return _not_installed(name, error)
+            except (ImportError, RuntimeError) as error:
+                if not _is_of_a_package(error):
+                    raise
+                _show_trace("--debug" in arguments)
+                return _no_package(name, error)
             sub.description = command.__doc__  # plain text, without markup
             command.add_arguments(sub)
             sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -199,11 +204,6 @@ def _run(arguments: list[str], alone: bool) -> int:
     _quieten()
     try:
         return options.run(options)
-    except ModuleNotFoundError as error:  # of what is imported only where it is needed
-        if error.name is None or error.name.startswith(__name__.partition(".")[0]):
-            raise
-        _show_trace(options.debug)
-        return _not_installed(options.command, error)
     except BrokenPipeError:
         raise
     except (InputError, OSError, FloatingPointError) as error:
@@ -212,8 +212,11 @@ def _run(arguments: list[str], alone: bool) -> int:
         _show_trace(options.debug)
         print(f"tsdsr {options.command}: error: {_message(error)}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) or is_full(error) else 2
-    except (RuntimeError, MemoryError) as error:
-        said = _exhausted(error, options)
+    except (ImportError, RuntimeError, MemoryError) as error:
+        if _is_of_a_package(error):  # one that is imported only where it is needed
+            _show_trace(options.debug)
+            return _no_package(options.command, error)
+        said = None if isinstance(error, ImportError) else _exhausted(error, options)
         if said is None:
             raise
         _show_trace(options.debug)
@@ -245,11 +248,24 @@ def _exhausted(error: RuntimeError | MemoryError, options: argparse.Namespace) -
     return f"out of memory; {advice} ({reason(error)})"
 
 
-def _not_installed(command: str, error: ModuleNotFoundError) -> int:
-    """Say which extra of the package has the missing module; returns the exit code."""
+def _is_of_a_package(error: Exception) -> bool:
+    """Whether an error says that another package is not installed or does not load."""
+    if isinstance(error, ImportError):
+        return not str(error.name).startswith(__name__.partition(".")[0])
+    return str(error).startswith("Failed to import ")  # diffusers' own
+
+
+def _no_package(command: str, error: Exception) -> int:
+    """Say which package is missing or does not load, and which extra of the project has it; returns the exit code."""
     extra = command if command in ("bench", "train") else "cli"
-    package = str(error.name).partition(".")[0]
-    print(f"tsdsr {command}: error: {package} is not installed: {installation(extra)}", file=sys.stderr)
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        said = f"{error.name.partition('.')[0]} is not installed"
+    else:
+        cause: BaseException = error
+        while (deeper := cause.__cause__ or cause.__context__) is not None:
+            cause = deeper
+        said = f"an installed package does not load ({str(cause).strip()}). To install versions that fit each other"
+    print(f"tsdsr {command}: error: {said}: {installation(extra)}", file=sys.stderr)
     return 2
 
 

@@ -6,7 +6,6 @@ pyiqa, an optional package that downloads the weights of its networks, is import
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import InputError, installation
 from ..images.files import Picture, write_picture
 from ..metrics.perceptual import Dists, Lpips, read_weights
+from ..system.imports import import_pyiqa
 
 FROM_FILE = ("lpips", "lpips-vgg", "dists")
 """Metrics of ``read_metrics``; "lpips" uses AlexNet, which its authors recommend for evaluation."""
@@ -68,7 +68,7 @@ def load_metrics(names: list[str], device: torch.device) -> dict[str, Metric]:
         InputError: if pyiqa is not installed, does not have a metric, or cannot download its weights.
     """
     try:
-        pyiqa = importlib.import_module("pyiqa")
+        pyiqa = import_pyiqa()
     except ImportError as error:
         wanted = ", ".join(names)
         advice = f"{installation('metrics')}, or choose metrics that --help lists"

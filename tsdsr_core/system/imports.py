@@ -1,8 +1,9 @@
-"""Faster imports: loads a package without its optional dependencies, which may take seconds."""
+"""Imports without optional dependencies: they may take seconds, or be installed in a version that does not load."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,39 @@ def hidden(*names: str) -> Iterator[None]:
         for name in new:
             if sys.modules[name] is None:
                 del sys.modules[name]
+
+
+def leave_out(name: str) -> None:
+    """Let the package called ``name`` count as not installed until ``put_back``, unless it is loaded already.
+
+    >>> leave_out("tabnanny")
+    >>> importlib.util.find_spec("tabnanny") is None
+    True
+    >>> put_back("tabnanny")
+    >>> importlib.util.find_spec("tabnanny") is None
+    False
+    """
+    sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+def put_back(name: str) -> None:
+    """Undo ``leave_out``."""
+    if name in sys.modules and sys.modules[name] is None:
+        del sys.modules[name]
+
+
+def import_pyiqa() -> ModuleType:
+    """Import pyiqa, which needs the torchvision that programs of this project leave out.
+
+    Raises:
+        ImportError: if it is not installed, or it or torchvision does not load.
+    """
+    put_back("torchvision")
+    try:
+        return importlib.import_module("pyiqa")
+    except (RuntimeError, OSError) as error:  # of torchvision for another build of torch
+        advice = "torch and torchvision must be of the same kind, both for the CPU or both for the same GPU"
+        raise ImportError(f"it does not load: {error}; {advice}: https://pytorch.org/get-started/locally") from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError, installation
 from ...metrics.perceptual import Dists, Lpips, read_weights
+from ...system.imports import import_pyiqa
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Maps two batches ``(B, 3, H, W)`` in 0..1 to their mean distance."""
@@ -82,6 +83,8 @@ def _of_file(name: str, path: Path) -> nn.Module:
 
 def _of_pyiqa(name: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """A network of pyiqa, which downloads its weights if they are missing."""
-    import pyiqa  # type: ignore[import-not-found]
-
+    try:
+        pyiqa = import_pyiqa()
+    except ImportError as error:
+        raise InputError(f"pyiqa: {error}; or use --perceptual-weights FILE (docs/evaluation.md)") from error
     return pyiqa.create_metric(_PYIQA[name], device=device, as_loss=True)

@@ -127,7 +127,7 @@ def _refuse_saving() -> Any:
 
 
 def load_bundle(path: Path, vae_dtype: torch.dtype | None = None) -> tuple[HostModel, Vae, Conditioning]:
-    """MODEL, VAE and CONDITIONING of a merged bundle.
+    """MODEL, VAE and CONDITIONING of a model bundle.
 
     Args:
         vae_dtype: of the VAE's weights; None for the fastest that keeps what TSD-SR's LoRA changed.

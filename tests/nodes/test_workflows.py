@@ -116,7 +116,7 @@ def test_the_published_pack_holds_what_a_host_needs():
     assert all(line.startswith("/") and line.strip("/") for line in lines), "a name without / would match in any folder"
     left_out = tuple(line.strip("/") for line in lines)
     needed = ["__init__.py", "nodes", "tsdsr_core/pipeline.py", "tsdsr_core/assets", "web", "locales", "workflows", "subgraphs",
-              "docs/examples", "pyproject.toml", "LICENSE", "README.md"]  # fmt: skip
+              "docs/examples", "docs/commands.md", "constraints.txt", "pyproject.toml", "LICENSE", "README.md"]  # fmt: skip
     for name in needed:
         assert (ROOT / name).exists()
         assert not any(name == prefix or name.startswith(f"{prefix}/") or prefix.startswith(f"{name}/") for prefix in left_out)

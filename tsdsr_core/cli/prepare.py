@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=bundle_path,
         required=True,
         metavar="FOLDER|BUNDLE",
-        help="SD3 folder in diffusers' layout, merged bundle, or builtin",
+        help="SD3 folder in diffusers' layout, model bundle, or builtin",
     )
     parser.add_argument("--crop", type=int, default=512, help="side of a crop in pixels")
     parser.add_argument("--crops", type=int, default=1, help="maximum number of crops per image; small images get fewer")

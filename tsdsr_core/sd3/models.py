@@ -216,7 +216,7 @@ def load_folder(
 
 
 def model_from_bundle(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> DiffusersModel:
-    """Build the model of a merged bundle; 8-bit and int8 weights are expanded to ``dtype``.
+    """Build the model of a model bundle; 8-bit and int8 weights are expanded to ``dtype``.
 
     Raises:
         InputError: for a LoRA bundle, or weights that do not match the stored configuration.
@@ -235,7 +235,7 @@ def model_from_bundle(bundle: Bundle, device: torch.device, dtype: torch.dtype) 
 
 
 def load_vae(path: Path) -> Any:
-    """Load only the autoencoder of an SD3 folder or a merged bundle: ``AutoencoderKL`` in fp32 on the CPU, frozen.
+    """Load only the autoencoder of an SD3 folder or a model bundle: ``AutoencoderKL`` in fp32 on the CPU, frozen.
 
     Raises:
         InputError: if it is missing, damaged or of another model family, or the bundle holds only LoRAs.

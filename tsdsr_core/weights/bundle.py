@@ -73,7 +73,7 @@ class Bundle:
         """The transformer's and the VAE's LoRA of a ``lora`` bundle.
 
         Raises:
-            InputError: for a merged bundle.
+            InputError: for a model bundle.
         """
         if self.kind != "lora":
             raise InputError(WRONG_KIND["lora"])

@@ -32,7 +32,7 @@ class Sources:
     """The files that a run starts from; None for what is not needed or starts with random weights."""
 
     base: Path | None = None
-    """Small models: a merged bundle. Adapters: an SD3 folder in diffusers' layout."""
+    """Small models: a model bundle. Adapters: an SD3 folder in diffusers' layout."""
     teacher: Path | None = None
     """The export of stage "teacher": a bundle, or a LoRA of the transformer."""
     embeddings: Path | None = None
@@ -86,7 +86,7 @@ def _separate(config: Config, sources: Sources, device: torch.device) -> Network
 def _small_base(config: Config, sources: Sources, device: torch.device) -> DiffusersModel:
     """The base model, or a new small model for stage pretrain."""
     if sources.base is None and config.stage != "pretrain":
-        raise InputError(f"stage {config.stage!r} needs --base: a merged bundle of a small model, or builtin")
+        raise InputError(f"stage {config.stage!r} needs --base: a model bundle of a small model, or builtin")
     if sources.base is None:
         transformer, vae, prompt = small_model.build(config.run.seed, config.model.layers, config.model.layers_per_block)
         return DiffusersModel(transformer, vae, prompt, device, torch.float32)
@@ -103,7 +103,7 @@ def _small_base(config: Config, sources: Sources, device: torch.device) -> Diffu
 
 
 def _small(path: Path, option: str, device: torch.device) -> DiffusersModel:
-    """Load the small model of a merged bundle."""
+    """Load the small model of a model bundle."""
     bundle = read_bundle(path, "merged")
     if bundle.folded:
         raise InputError(f"{option} {path} is folded and works at one noise level only: use an unfolded bundle")

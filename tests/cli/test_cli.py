@@ -465,3 +465,24 @@ def test_debug_shows_where_an_error_arose(debug, pictures, tmp_path, capsys):
     assert ("Traceback" in capsys.readouterr().err) == bool(debug)
     assert main(["train", *debug, str(pictures / "no.toml"), "--photos", "x", "--out", "y"]) == 2
     assert ("Traceback" in capsys.readouterr().err) == bool(debug)
+
+
+@pytest.mark.parametrize(
+    ("given", "command", "reason"),
+    [
+        (
+            ["upscale", "a.png", "-o", "b.png", "--sclae", "2"],
+            "upscale",
+            "unrecognized arguments: --sclae 2; did you mean --scale?",
+        ),
+        (["eval", "--lq", "a", "--hq", "b", "--metric=niqe", "c"], "eval", "unrecognized arguments: c"),
+        (["train", "evalset", "a", "-o", "b", "--preset", "light", "--zzz"], "train evalset", "unrecognized arguments: --zzz"),
+    ],
+)
+def test_a_misspelt_option_gets_the_usage_of_its_command_and_the_right_name(given, command, reason, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    assert ended.value.code == 2
+    output = capsys.readouterr().err
+    assert output.startswith(f"usage: tsdsr {command} ")
+    assert output.endswith(f"tsdsr {command}: error: {reason}\n")

@@ -25,7 +25,7 @@ from typing import Any
 from .. import __version__
 from ..errors import InputError, installation
 from ..system.imports import leave_out
-from .help import HelpFormatter
+from .help import HelpFormatter, Subparser
 
 COMMANDS = {
     "upscale": "restore and enlarge images and videos",
@@ -177,7 +177,7 @@ def _run(arguments: list[str], alone: bool) -> int:
         leave_out("torchvision")  # only pyiqa needs it; with another build of torch than it was made for, it does not load
     parser = argparse.ArgumentParser(prog="tsdsr", description="One-step restoration and enlargement of photographs.")
     parser.add_argument("--version", action="version", version=f"tsdsr {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Subparser)
     for name, summary in COMMANDS.items():
         there = name != "train" or _has_training()
         if not there and name in arguments[:1]:

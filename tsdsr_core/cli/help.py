@@ -1,8 +1,25 @@
-"""How ``--help`` looks."""
+"""How ``--help`` and errors in the arguments look."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+
+class Subparser(argparse.ArgumentParser):
+    """Reports what it does not know itself, with its own usage, and the option that was probably meant."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse all of ``args``; what is unknown ends the program."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [part.partition("=")[0] for part in unknown if part.startswith("--")]
+            close = [match for part in options for match in difflib.get_close_matches(part, self._option_string_actions, n=1)]
+            advice = f"; did you mean {', '.join(close)}?" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+        return found, unknown
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -55,12 +55,9 @@ class Report:
         processed = "" if plan.work == plan.target else f", processed at {_shown(plan.work)}"
         each = self.tiles.count // images
         tiles = f"{each} tiles of {self.tiles.width}x{self.tiles.height}, batch {self.tiles.batch}" if each > 1 else "one tile"
-        lines = [
-            f"{count}{_shown(size)} → {_shown(plan.target)}{processed}, {tiles}",
-            ", ".join(f"{name} {seconds:.{int(seconds < 9.95)}f} s" for name, seconds in self.seconds.items()),
-        ]
-        if peak is not None:
-            lines.append(f"peak memory {peak / 1e9:.1f} GB")
+        stages = ", ".join(f"{name} {seconds:.{int(seconds < 9.95)}f}" for name, seconds in self.seconds.items())
+        memory = "" if peak is None else f"; peak {peak / 1e9:.1f} GB"
+        lines = [f"{count}{_shown(size)} → {_shown(plan.target)}{processed}, {tiles}", f"{stages} s{memory}"]
         shown_above = ("tile", "tile_batch") if each > 1 else ()
         chosen = [name for name in shown_above if name in automatic]
         if levels and "wavelet_levels" in automatic:

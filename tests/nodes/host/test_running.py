@@ -51,24 +51,23 @@ def report(result, graph: Graph) -> list[str]:
 
 
 LEVELS = read_bundle(BUILTIN_FILE).defaults["wavelet_levels"]
-SECONDS = r"encode \d+\.\d s, step \d+\.\d s, decode \d+\.\d s, colour \d+\.\d s"
-PEAK = r"peak memory \d+\.\d GB"
+COST = r"encode \d+\.\d, step \d+\.\d, decode \d+\.\d, colour \d+\.\d s; peak \d+\.\d GB"
 
 
 @pytest.mark.parametrize(
     ("image", "changes", "expected"),
     [
-        ("photo.png", {}, ["52x44 → 104x88, one tile", SECONDS, PEAK, f"automatic: wavelet_levels {LEVELS}"]),
+        ("photo.png", {}, ["52x44 → 104x88, one tile", COST, f"automatic: wavelet_levels {LEVELS}"]),
         (
             "large.png", {"size.factor": 1.0},
             [
-                "512x512 → 512x512, 4 tiles of 68x68, batch 4", SECONDS, PEAK,
+                "512x512 → 512x512, 4 tiles of 68x68, batch 4", COST,
                 f"automatic: tile, tile_batch, wavelet_levels {LEVELS}",
             ],
         ),
         (
             "photo.png", {"tile": 16, "tile_batch": 3, "color_fix": "adain", "strength": 0.9},
-            ["52x44 → 104x88, 6 tiles of 16x16, batch 3", SECONDS, PEAK],
+            ["52x44 → 104x88, 6 tiles of 16x16, batch 3", COST],
         ),
     ],
 )  # fmt: skip
@@ -80,7 +79,7 @@ def test_the_upscaler_reports_sizes_tiles_seconds_memory_and_what_was_automatic(
     assert len(lines) == len(expected)
     for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(pattern, line)
-    assert 0.3 < float(lines[2].split()[2]) < 3 * host.memory() / 1e9, "GB of the process"
+    assert 0.3 < float(lines[1].split()[-2]) < 3 * host.memory() / 1e9, "GB of the process"
 
 
 def test_no_memory_at_all_is_one_error_that_says_what_to_do(host):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,8 +209,10 @@ def add_adapters(config: Config, transformer: SD3Transformer2DModel, vae: Autoen
     ranks = {TEACHER: rank} if config.stage == "teacher" else {STUDENT: rank}
     if config.distils:
         ranks |= {FAKE: psi_rank or rank} | ({TEACHER: psi_rank} if psi_rank else {})
-    for role, own in ranks.items():
-        transformer.add_adapter(_adapter(own, TRANSFORMER_TARGETS), role)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
+        for role, own in ranks.items():
+            transformer.add_adapter(_adapter(own, TRANSFORMER_TARGETS), role)
     if STUDENT in ranks:
         vae.add_adapter(_adapter(rank, VAE_TARGETS), STUDENT)
     for model in (transformer, vae):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .host.placement import Placement
+    from .host.padded_latents import Placement
 
 Conditioning = list[Any]
 """CONDITIONING: pairs of tokens ``(B, N, C)`` and a dictionary with "pooled_output" ``(B, P)`` and more."""

@@ -12,7 +12,7 @@ from ..tsdsr_core.image_size import plan_target
 from ..tsdsr_core.pipeline import from_pixels, to_pixels
 from . import inputs
 from .checks import check_latents, checked
-from .host import models, placement, running
+from .host import models, padded_latents, running
 from .host import vae as host_vae
 from .host.draft import Draft, draft_state
 from .host.schema import field, schema
@@ -59,7 +59,7 @@ class Encode(io.ComfyNode):
         latents = torch.cat([device.run(*size.padded, encode, each).to(rgb.device) for each in rgb.split(1)])
         latent = {"samples": latents, models.FACTOR: factor}
         if size.padded != size.work:
-            latent[placement.KEY] = placement.Placement(latents, size.work, factor)
+            latent[padded_latents.KEY] = padded_latents.Placement(latents, size.work, factor)
         return io.NodeOutput(latent)
 
 
@@ -100,7 +100,7 @@ class Decode(io.ComfyNode):
                 f"the latent was encoded with {own} pixels per cell, but the VAE has {factor}: connect the VAE of TSD-SR Encode"
             )
         progress, device = running.NodeProgress(samples.shape[0] * host_vae.UNITS), running.image_device(vae.patcher)
-        top, left, height, width = placement.image_area(latent, factor)
+        top, left, height, width = padded_latents.image_area(latent, factor)
         size = plan_target((height, width), 1, process_size=0)
         result = torch.empty(len(samples), height, width, 3, device=running.results_device())
 

@@ -25,7 +25,7 @@ from ...tsdsr_core.tiles.memory import CPU_BATCH, TileMemory
 from ...tsdsr_core.tiles.plan import TilePlan, Tiling
 from ..checks import check_latents, check_mask, check_prompt
 from ..types import Conditioning, HostModel, Patcher
-from . import layers, placement, previews, running
+from . import layers, padded_latents, previews, running
 from .models import check_sd3
 
 
@@ -90,7 +90,7 @@ class OneStepSampler(comfy.samplers.Sampler):
 
         memory = _memory(patcher, z.shape[1])
         v = _crop(velocity_in_memory(velocity, padded, host_tiling(base, self.options, memory), memory, tick), z)
-        placement.follow(z, v)
+        padded_latents.follow(z, v)
         if denoise_mask is not None:
             v = v * check_mask(denoise_mask)
         return one_step(z, v, self.options.strength) - offset

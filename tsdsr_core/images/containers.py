@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from .exif import exif_bytes
+from .exif_writing import exif_bytes
 from .formats import RefusedError
 
 Chunk = tuple[bytes, bytes]

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageCms
 
 from ..errors import InputError
 from .containers import EXIF, ICC, IPTC, XMP, Chunk, Parts
-from .exif import exif_bytes
+from .exif_writing import exif_bytes
 
 MOST_BYTES = 2**24
 """Maximum size of a part in bytes."""

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from .containers import EXIF, TIFF_IPTC, Parts
-from .exif import exif_bytes
+from .exif_writing import exif_bytes
 from .metadata import STORAGE, damage_in
 
 _OWN = {*STORAGE, ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength, ExifTags.Base.Orientation}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-PLACE = Path(__file__).parents[2] / "nodes" / "host" / "placement.py"
+PLACE = Path(__file__).parents[2] / "nodes" / "host" / "padded_latents.py"
 SIZE, FACTOR = (44, 52), 8
 """In latents of 6x8 cells: 48x64 pixels."""
 TURNS = list(itertools.product((False, True), range(4)))
@@ -15,7 +15,7 @@ TURNS = list(itertools.product((False, True), range(4)))
 
 @pytest.fixture
 def placement():
-    spec = importlib.util.spec_from_file_location("placement", PLACE)
+    spec = importlib.util.spec_from_file_location("padded_latents", PLACE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -264,7 +264,7 @@ def _no_package(command: str, error: Exception) -> int:
         cause: BaseException = error
         while (deeper := cause.__cause__ or cause.__context__) is not None:
             cause = deeper
-        said = f"an installed package does not load ({str(cause).strip()}). To install versions that fit each other"
+        said = f"an installed package does not load ({' '.join(str(cause).split())}). To install versions that fit each other"
     print(f"tsdsr {command}: error: {said}: {installation(extra)}", file=sys.stderr)
     return 2
 

@@ -1,19 +1,29 @@
 """``tsdsr bench --gpu``, small and on the CPU: its tables, its JSON, and what it leaves out."""
 
 import json
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tsdsr_core.cli import main
+from tsdsr_core.cli.bench import comfyui
 from tsdsr_core.cli.bench import gpu as command
 from tsdsr_core.cli.bench import gpu_parts as parts
 from tsdsr_core.cli.bench.benchmark import SIZES, load_ours
 from tsdsr_core.cli.bench.gpu_report import markdown
 from tsdsr_core.vae import attention
 
+from ..comfyui import host
+
 CPU = torch.device("cpu")
+HEAD = {
+    "machine": "card", "size": "tiny", "dtype": "torch.float16", "repeats": 3, "weights": {}, "load_seconds": {},
+    "ceiling_flops": 1e12,
+}  # fmt: skip
+"""Of a report."""
 GIVEN = ["bench", "--gpu", "--size", "tiny", "--outputs", "128", "64", "--repeats", "1", "--device", "cpu"]
 
 
@@ -150,9 +160,8 @@ class FakeTrial:
 
 
 def test_rows_that_failed_say_so_in_the_table():
-    head = {"machine": "card", "size": "tiny", "dtype": "torch.float16", "repeats": 3, "weights": {}, "load_seconds": {}}
     rows = [{"side": 4096, "name": "published", "error": "CUDA out of memory"}]
-    text = markdown({**head, "ceiling_flops": 1e12, "rows": rows})
+    text = markdown({**HEAD, "rows": rows})
     (cells,) = tables(text)["Against the published procedure"]
     assert cells["seconds"] == "does not fit: CUDA out of memory"
 
@@ -165,11 +174,50 @@ def test_rows_that_failed_say_so_in_the_table():
         (["--compile"], "--memory and --compile do not go with --gpu"),
         (["--minutes", "0"], "--minutes 0: expected a number above 0"),
         (["--minutes", "nan"], "--minutes nan: expected a number above 0"),
+        (["--comfyui", "tests"], "--comfyui tests: expected the folder of a ComfyUI, with main.py in it"),
     ],
 )
 def test_what_does_not_go_together_is_named(given, said, capsys):
     assert main([*GIVEN, *given]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def stub(tmp_path) -> Path:
+    """The folder of a ComfyUI that does not start, and has no dynamic VRAM."""
+    (tmp_path / "comfy").mkdir()
+    (tmp_path / "comfy" / "cli_args.py").write_text("--novram")
+    (tmp_path / "main.py").write_text("raise SystemExit('no module named torch')")
+    return tmp_path
+
+
+def test_a_comfyui_needs_weights_that_stay(stub, bench_folder, capsys):
+    assert main([*GIVEN, "--comfyui", str(stub)]) == 2
+    assert "--comfyui needs --work FOLDER" in capsys.readouterr().err
+    assert main(["bench", "--comfyui", str(stub), "--work", str(bench_folder)]) == 2
+    assert "--comfyui goes with --gpu" in capsys.readouterr().err
+
+
+def test_a_comfyui_that_does_not_start_costs_itself_alone(stub, bench_folder):
+    rows = comfyui.rows_in_comfyui(stub, bench_folder, [64], torch.device("cuda"), time.monotonic() + 60)
+    assert [row["mode"] for row in rows] == ["default", "no dynamic VRAM", "no VRAM"]
+    assert rows[1]["skipped"] == "this ComfyUI has no --disable-dynamic-vram"
+    assert rows[0]["error"] == rows[2]["error"] == "ComfyUI did not start: no module named torch"
+
+
+def test_the_weights_run_in_a_real_comfyui(bench_folder):
+    if (found := host.find()) is None:
+        pytest.skip("no ComfyUI: set COMFYUI_PATH")
+    bundle = bench_folder / "tiny-float32" / "ours.safetensors"
+    (row,) = rows = comfyui.rows_in_comfyui(found[0], bundle, [64], CPU, time.monotonic() + 300)
+    assert row.keys() == {"mode", "side", "first_seconds", "seconds", "peak_gigabytes"}, row
+    assert row["seconds"] > 0
+    assert 0.2 < row["peak_gigabytes"] < 8
+    (cells,) = tables(markdown({**HEAD, "comfyui": rows}))["In ComfyUI, with the time to load and save images"]
+    assert cells["mode"] == "CPU"
+    assert float(cells["seconds"]) == pytest.approx(row["seconds"], rel=0.05)
+    (late,) = comfyui.rows_in_comfyui(found[0], bundle, [64], CPU, time.monotonic())
+    assert late == {"mode": "CPU", "side": 64, "skipped": "no time was left"}
 
 
 def test_without_a_size_the_real_one_is_meant(capsys):

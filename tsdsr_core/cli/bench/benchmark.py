@@ -33,6 +33,8 @@ from ...weights.prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds, load_promp
 
 STAGE_NAMES = ("encode", "step", "decode", "colour")
 """Stages of the pipeline, as ``restore`` reports its progress."""
+BUNDLE = "ours.safetensors"
+"""Name of the bundle of random weights."""
 SCALE = 4
 
 
@@ -114,7 +116,7 @@ def write_random_weights(folder: Path, size: Architecture, dtype: torch.dtype) -
     write_files({folder / name: torch_writer(tensor) for name, tensor in prompt.items()})
     model = load_folder(folder / "sd3", _loras(folder), load_prompt(folder), torch.device("cpu"), torch.float32)
     fold(model.transformer, model.prompt.pooled)
-    write_bundle(folder / "ours.safetensors", merged_bundle(model.transformer, model.vae, model.prompt, dtype, {}, {}))
+    write_bundle(folder / BUNDLE, merged_bundle(model.transformer, model.vae, model.prompt, dtype, {}, {}))
 
 
 def _add_adapter(model: Any, rank: int, targets: list[str] | str) -> None:
@@ -178,7 +180,7 @@ def _published_model(transformer: Any, vae: Any, prompt: PromptEmbeds, dtype: to
 def load_ours(folder: Path, device: torch.device, dtype: torch.dtype, prompt_tokens: int | None = None) -> Contender:
     """Load this project's procedure, from the merged and folded bundle."""
     start = time.perf_counter()
-    model: DiffusersModel = model_from_bundle(read_bundle(folder / "ours.safetensors"), device, dtype)
+    model: DiffusersModel = model_from_bundle(read_bundle(folder / BUNDLE), device, dtype)
     if prompt_tokens is not None:
         model.prompt = model.prompt.pruned(prompt_tokens)
     seconds = time.perf_counter() - start

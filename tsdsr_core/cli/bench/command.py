@@ -20,6 +20,7 @@ from ...system.device import choose_device, choose_dtype, held_memory, release_m
 from ...system.memory import is_out_of_memory
 from ..arguments import add_device_arguments, add_memory_argument, limit_memory, memory_limit
 from .benchmark import (
+    BUNDLE,
     SCALE,
     SIZES,
     STAGE_NAMES,
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=("both", "ours", "published"), default="both", help="which procedures to run")
     parser.add_argument("--compile", action="store_true", help="run our transformer with torch.compile")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="keep only N prompt tokens in our procedure")
+    parser.add_argument("--comfyui", type=Path, metavar="FOLDER", help="with --gpu and --work: run in this ComfyUI too")
     parser.add_argument("--work", type=Path, help="folder for the random weights, kept for the next run")
     add_device_arguments(parser)
     add_memory_argument(parser)
@@ -122,6 +124,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(
             f"--outputs {wrong}, --repeats {options.repeats}: expected sides that are multiples of 64, and at least 1 repeat"
         )
+    if options.comfyui is not None and not options.gpu:
+        raise InputError("--comfyui goes with --gpu")
     if options.gpu:
         from .gpu import run_gpu  # here, since it builds on this module
 
@@ -145,11 +149,16 @@ def load_contenders(
 ) -> list[Contender]:  # fmt: skip
     """Load the chosen procedures, from random weights that are made where ``--work`` does not hold them."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (options.work or Path(temporary)) / f"{options.size}-{str(dtype).removeprefix('torch.')}"
-        if not (folder / "ours.safetensors").exists():
+        folder = weights_folder(options.work or Path(temporary), options.size, dtype)
+        if not (folder / BUNDLE).exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_random_weights(folder, SIZES[options.size], dtype)
         return _load(folder, device, dtype, options, limit)
+
+
+def weights_folder(work: Path, size: str, dtype: torch.dtype) -> Path:
+    """The folder of the random weights of a size and type in the folder ``work``."""
+    return work / f"{size}-{str(dtype).removeprefix('torch.')}"
 
 
 def describe(

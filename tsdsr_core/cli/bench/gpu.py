@@ -18,13 +18,16 @@ from ...errors import InputError
 from ...system.atomic import reason
 from ...system.device import choose_device, choose_dtype, release_memory
 from . import gpu_parts as parts
-from .benchmark import SIZES, Contender
-from .command import Trial, compare, describe, load_contenders
+from .benchmark import BUNDLE, SIZES, Contender
+from .comfyui import check_comfyui, rows_in_comfyui
+from .command import Trial, compare, describe, load_contenders, weights_folder
 from .gpu_report import markdown
 
 GIGABYTES = (8, 12, 16, 24)
 _GROWTH = 6
 """Of the time from one side to twice as much: pixels grow by 4, the autoencoder's attention by 16."""
+_IN_COMFYUI = 2048
+"""Largest side that is run in ComfyUI, where it is run twice in each of three modes."""
 _OTHERS = 0.25
 """Share of the time that the comparison leaves to the other parts."""
 NO_TIME = "no time was left"
@@ -50,6 +53,10 @@ def run_gpu(options: argparse.Namespace) -> int:
         raise InputError("--memory and --compile do not go with --gpu: it measures several limits by itself, nothing compiled")
     if not options.minutes > 0:
         raise InputError(f"--minutes {options.minutes:g}: expected a number above 0, such as 9")
+    if options.comfyui is not None:
+        check_comfyui(options.comfyui)
+        if options.work is None or options.only == "published":
+            raise InputError("--comfyui needs --work FOLDER, for the weights that ComfyUI loads, and our procedure")
     clock = Clock(60 * options.minutes)
     dtype = choose_dtype(options.dtype, device)
     sides = sorted(options.outputs)
@@ -69,14 +76,27 @@ def run_gpu(options: argparse.Namespace) -> int:
     del contenders[:]  # the published weights would count as ours below
     gc.collect()
     release_memory(device)
-    for found in ours:
-        model = found.own
-        assert model is not None
-        part("profiles", lambda model=model: parts.profiles(model, min(1024, sides[-1]), device))
-        part("held", lambda found=found: _held(found, sides[-2:], device, clock))
+    while ours:
+        _alone(ours.pop(), sides, device, clock, part)
+    gc.collect()
+    release_memory(device)  # for ComfyUI
+    if options.comfyui is not None:
+        bundle = weights_folder(options.work, options.size, dtype) / BUNDLE
+        those = [side for side in sides if side <= _IN_COMFYUI] or sides[:1]
+        part("comfyui", lambda: rows_in_comfyui(options.comfyui, bundle, those[-2:], device, clock.end))
     print(markdown(report))
     print(json.dumps(report))
     return 0
+
+
+def _alone(
+    ours: Contender, sides: list[int], device: torch.device, clock: Clock, part: Callable[[str, Callable[[], Any]], None]
+) -> None:  # fmt: skip
+    """The parts that need our weights alone."""
+    model = ours.own
+    assert model is not None
+    part("profiles", lambda: parts.profiles(model, min(1024, sides[-1]), device))
+    part("held", lambda: _held(ours, sides[-2:], device, clock))
 
 
 def _part(name: str, work: Callable[[], Any], clock: Clock) -> Any:

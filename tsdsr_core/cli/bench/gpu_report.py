@@ -89,6 +89,21 @@ def _attention(found: list[dict[str, Any]], _: dict[str, Any]) -> list[str]:
     return table(["side", "tokens", "", "seconds", "memory beyond queries, keys and values"], cells)
 
 
+def _comfyui(found: list[dict[str, Any]], _: dict[str, Any]) -> list[str]:
+    cells = []
+    for row in found:
+        peak = row.get("peak_gigabytes")
+        measured = [_not_measured(row), "", ""] if {"skipped", "error"} & row.keys() else [
+            _seconds(row["first_seconds"]), _seconds(row["seconds"]), "-" if peak is None else f"{peak:.1f} GB"
+        ]  # fmt: skip
+        cells.append([row["mode"], str(row["side"]), *measured])
+    return table(["mode", "side", "seconds, first run", "seconds", "peak memory"], cells)
+
+
+def _not_measured(row: dict[str, Any]) -> str:
+    return f"not measured: {row['skipped']}" if "skipped" in row else f"failed: {row['error']}"
+
+
 def _profiles(found: dict[str, dict[str, Any]], _: dict[str, Any]) -> list[str]:
     rows = []
     for name, profile in found.items():
@@ -127,6 +142,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[Any, dict[str, Any]], list[str]]]] = {
     "difference": ("Difference between the two procedures", _difference),
     "exactness": ("The autoencoder against fp64 without tiles, relative to the largest value", _exactness),
     "held": ("Ours on smaller cards: the rest of the memory is filled", _held),
+    "comfyui": ("In ComfyUI, with the time to load and save images", _comfyui),
     "attention": ("Attention with one head of 512", _attention),
     "profiles": ("Kernels that take most time", _profiles),
 }

@@ -1,0 +1,167 @@
+"""The part of ``tsdsr bench --gpu`` in a real ComfyUI: TSD-SR Upscale with the same weights, in its ways to use GPU memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from ...errors import InputError
+from ...system.atomic import reason
+from .benchmark import SCALE
+
+MODES = {"default": (), "no dynamic VRAM": ("--disable-dynamic-vram",), "no VRAM": ("--novram",)}
+"""Arguments of ComfyUI by the name of the mode."""
+PACK = Path(__file__).parents[3]
+"""The folder of the node pack, which ComfyUI loads."""
+_PYTHONS = (".venv/bin/python", "venv/bin/python", ".venv/Scripts/python.exe", "venv/Scripts/python.exe")
+_START, _PAUSE = 240, 0.05
+"""Seconds that the server may take to start, and between two questions to it."""
+_LOG = 600
+"""Characters of the server's log that an error quotes."""
+
+
+def check_comfyui(folder: Path) -> None:
+    """Raise ``InputError`` unless ``folder`` holds a ComfyUI, and this copy of the project the nodes."""
+    if not (folder / "main.py").is_file() or not (folder / "comfy" / "cli_args.py").is_file():
+        raise InputError(f"--comfyui {folder}: expected the folder of a ComfyUI, with main.py in it")
+    if not (PACK / "nodes").is_dir():
+        raise InputError(f"--comfyui: {PACK} holds no nodes: run this from a clone of the repository")
+
+
+def rows_in_comfyui(folder: Path, bundle: Path, sides: Sequence[int], device: torch.device, end: float) -> list[dict[str, Any]]:
+    """Run TSD-SR Upscale at each side twice in each mode; the first run loads the weights.
+
+    Args:
+        folder: of ComfyUI; its Python is that of a virtual environment in it, else ``COMFYUI_PYTHON``, else this one.
+        bundle: a model bundle.
+        sides: of the results in pixels.
+        end: of the time for this, on the clock of ``time.monotonic``.
+
+    Returns:
+        Rows with ``mode`` and ``side``, and either ``first_seconds``, ``seconds`` and ``peak_gigabytes`` (of the device, on
+        the CPU of the process), or ``error``, or ``skipped``.
+    """
+    known = (folder / "comfy" / "cli_args.py").read_text(encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    for mode, given in ({"CPU": ("--cpu",)} if device.type == "cpu" else MODES).items():
+        if any(argument not in known for argument in given):
+            rows.append({"mode": mode, "side": sides[0], "skipped": f"this ComfyUI has no {' '.join(given)}"})
+            continue
+        try:
+            with _server(folder, bundle, given) as address:
+                rows += [_row(address, mode, side, end) for side in sides]
+        except (OSError, RuntimeError) as error:
+            rows.append({"mode": mode, "side": sides[0], "error": reason(error)})
+    return rows
+
+
+def _row(address: str, mode: str, side: int, end: float) -> dict[str, Any]:
+    runs = [_run(address, side, color, end) for color in (0x808080, 0x818181)]  # another image, or it would be cached
+    row = {"mode": mode, "side": side}
+    failed = next((run for run in runs if "seconds" not in run), None)
+    if failed is not None:
+        return {**row, **failed}
+    return {**row, "first_seconds": runs[0]["seconds"], "seconds": runs[1]["seconds"], "peak_gigabytes": runs[1]["peak"]}
+
+
+def _run(address: str, side: int, color: int, end: float) -> dict[str, Any]:
+    """Run the graph once; ``seconds`` and ``peak``, or ``error`` or ``skipped``."""
+    if time.monotonic() > end:
+        return {"skipped": "no time was left"}
+    prompt = _ask(address, "/prompt", {"prompt": _graph(side // SCALE, color)})["prompt_id"]
+    while not (history := _ask(address, f"/history/{prompt}")):
+        if time.monotonic() > end:
+            return {"skipped": "it did not end in the time that was left"}
+        time.sleep(_PAUSE)
+    entry = history[prompt]
+    messages = dict(entry["status"]["messages"])
+    if "execution_error" in messages:
+        return {"error": messages["execution_error"]["exception_message"].strip()}
+    milliseconds = messages["execution_success"]["timestamp"] - messages["execution_start"]["timestamp"]
+    peak = re.search(r"peak ([\d.]+) GB", entry["outputs"]["3"]["text"][0])
+    return {"seconds": milliseconds / 1e3, "peak": None if peak is None else float(peak[1])}
+
+
+def _graph(side: int, color: int) -> dict[str, Any]:
+    """An image of ``side`` enlarged by TSD-SR Upscale and saved, in ComfyUI's API format."""
+    image = {"width": side, "height": side, "batch_size": 1, "color": color}
+    upscale = {
+        "image": ["1", 0], "model": ["2", 0], "vae": ["2", 1], "conditioning": ["2", 2], "size": "scale by",
+        "size.factor": float(SCALE), "strength": 1.0, "color_fix": "wavelet", "color_fix.wavelet_levels": 0,
+        "tile": 0, "tile_overlap": 8, "tile_batch": 0, "vae_tile": 0, "draft": False,
+    }  # fmt: skip
+    return {
+        "1": {"class_type": "EmptyImage", "inputs": image},
+        "2": {"class_type": "TSDSRLoadCheckpoint", "inputs": {"checkpoint": "bench.safetensors", "vae_precision": "auto"}},
+        "3": {"class_type": "TSDSRUpscale", "inputs": upscale},
+        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "bench"}},
+    }
+
+
+@contextmanager
+def _server(folder: Path, bundle: Path, given: Sequence[str]) -> Iterator[str]:
+    """A ComfyUI with folders of its own that hold the pack and the bundle; gives its address."""
+    with TemporaryDirectory(prefix="tsdsr-bench-") as temporary:
+        base = Path(temporary)
+        for name in ("custom_nodes", "input", "models/tsdsr", "output", "temp", "user"):
+            (base / name).mkdir(parents=True)
+        (base / "custom_nodes" / "ComfyUI-TSD-SR").symlink_to(PACK, target_is_directory=True)
+        (base / "models" / "tsdsr" / "bench.safetensors").symlink_to(bundle.resolve())
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [_python(folder), "main.py", "--base-directory", str(base), "--port", str(port), "--disable-api-nodes"]
+        command += ["--database-url", f"sqlite:///{base}/user/comfyui.db", *given]
+        log, address = base / "server.log", f"http://127.0.0.1:{port}"
+        with log.open("w") as stream:
+            process = subprocess.Popen(command, cwd=folder, stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            _wait(process, address, log)
+            yield address
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _python(folder: Path) -> str:
+    found = next((folder / name for name in _PYTHONS if (folder / name).is_file()), None)
+    return str(found or os.environ.get("COMFYUI_PYTHON") or sys.executable)
+
+
+def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    """Wait until the server answers."""
+    deadline = time.monotonic() + _START
+    while True:
+        try:
+            _ask(address, "/system_stats")
+            return
+        except urllib.error.URLError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                said = " ".join(log.read_text(encoding="utf-8", errors="replace")[-_LOG:].split())
+                raise RuntimeError(f"ComfyUI did not start: {said}") from None
+            time.sleep(_PAUSE)
+
+
+def _ask(address: str, path: str, data: Any = None) -> Any:
+    """The JSON that the server answers."""
+    body = None if data is None else json.dumps(data).encode()
+    request = urllib.request.Request(address + path, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        raise RuntimeError(f"ComfyUI refuses the graph: {error.read().decode(errors='replace')[:_LOG]}") from error

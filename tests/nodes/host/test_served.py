@@ -13,7 +13,7 @@ from ...nodes.test_schemas import told
 
 def test_the_pack_is_imported_without_a_word_and_fast(host):
     log = host.log.read_text().partition("To see the GUI")[0]
-    assert "IMPORT FAILED" not in log
+    assert not [line for line in log.splitlines() if "IMPORT FAILED" in line and host_module.PACK in line]
     seconds = float(re.search(rf"([\d.]+) seconds: .*{host_module.PACK}", log)[1])
     assert seconds < 0.5
     assert not [

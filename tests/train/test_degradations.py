@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from tsdsr_core.train.data import kernels
-from tsdsr_core.train.data.degradations import PRESETS, degrade
+from tsdsr_core.train.data.degradations import PRESETS, degrade, kernels
 from tsdsr_core.train.data.degradations.operations import compress_jpeg
 from tsdsr_core.train.data.degradations.real_esrgan import poisson
 

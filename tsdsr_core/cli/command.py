@@ -216,7 +216,7 @@ def _run(arguments: list[str], alone: bool) -> int:
         if _is_of_a_package(error):  # one that is imported only where it is needed
             _show_trace(options.debug)
             return _no_package(options.command, error)
-        said = None if isinstance(error, ImportError) else _exhausted(error, options)
+        said = _exhausted(error, options)
         if said is None:
             raise
         _show_trace(options.debug)
@@ -235,7 +235,7 @@ def _hindrance(arguments: list[str]) -> str | None:
     return None
 
 
-def _exhausted(error: RuntimeError | MemoryError, options: argparse.Namespace) -> str | None:
+def _exhausted(error: Exception, options: argparse.Namespace) -> str | None:
     """What to say of an error that means that the machine has too little; None for others."""
     from ..system.atomic import reason  # here, where torch is imported already
     from ..system.memory import is_out_of_memory

@@ -28,13 +28,13 @@ def hidden(*names: str) -> Iterator[None]:
     >>> import wave
     """
     new = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(new))  # type: ignore[arg-type]  # None means that there is no such module
+    for name in new:
+        leave_out(name)
     try:
         yield
     finally:
         for name in new:
-            if sys.modules[name] is None:
-                del sys.modules[name]
+            put_back(name)
 
 
 def leave_out(name: str) -> None:

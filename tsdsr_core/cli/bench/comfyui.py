@@ -28,8 +28,8 @@ MODES = {"default": (), "no dynamic VRAM": ("--disable-dynamic-vram",), "no VRAM
 PACK = Path(__file__).parents[3]
 """The folder of the node pack, which ComfyUI loads."""
 _PYTHONS = (".venv/bin/python", "venv/bin/python", ".venv/Scripts/python.exe", "venv/Scripts/python.exe")
-_START, _PAUSE = 240, 0.05
-"""Seconds that the server may take to start, and between two questions to it."""
+_START, _END, _PAUSE = 240, 30, 0.05
+"""Seconds that the server may take to start and to end, and between two questions to it."""
 _LOG = 600
 """Characters of the server's log that an error quotes."""
 
@@ -63,7 +63,7 @@ def rows_in_comfyui(folder: Path, bundle: Path, sides: Sequence[int], device: to
             continue
         try:
             with _server(folder, bundle, given) as address:
-                rows += [_row(address, mode, side, end) for side in sides]
+                rows.extend(_row(address, mode, side, end) for side in sides)  # keeps those before one that fails
         except (OSError, RuntimeError) as error:
             rows.append({"mode": mode, "side": sides[0], "error": reason(error)})
     return rows
@@ -134,7 +134,11 @@ def _server(folder: Path, bundle: Path, given: Sequence[str]) -> Iterator[str]:
             yield address
         finally:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(_END)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _python(folder: Path) -> str:
@@ -149,7 +153,7 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
         try:
             _ask(address, "/system_stats")
             return
-        except urllib.error.URLError:
+        except OSError:
             if process.poll() is not None or time.monotonic() > deadline:
                 said = " ".join(log.read_text(encoding="utf-8", errors="replace")[-_LOG:].split())
                 raise RuntimeError(f"ComfyUI did not start: {said}") from None

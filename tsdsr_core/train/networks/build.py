@@ -87,7 +87,7 @@ def _separate(config: Config, sources: Sources, device: torch.device) -> Network
 def _small_base(config: Config, sources: Sources, device: torch.device) -> DiffusersModel:
     """The base model, or a new small model for stage pretrain."""
     if sources.base is None and config.stage != "pretrain":
-        raise InputError(f"stage {config.stage!r} needs --base: a model bundle of a small model, or builtin")
+        raise InputError(f"stage {config.stage!r} needs --base: the bundle of a small model, or builtin")
     if sources.base is None:
         transformer, vae, prompt = small_model.build(config.run.seed, config.model.layers, config.model.layers_per_block)
         return DiffusersModel(transformer, vae, prompt, device, torch.float32)

@@ -102,7 +102,7 @@ def _run(vae: Vae, half: Callable[..., Program], x: Tensor, tick: Callable[[int,
     with uncompiled(vae.first_stage_model), _current(device), casting:
         comfy.model_management.load_models_gpu([vae.patcher], memory_required=wanted.device_bytes / HEADROOM)
         return execute.plan_and_run(
-            program, x, device, lambda: running.free_memory(vae.patcher), tile, lambda: running.free_ram(in_ram), _affine,
+            program, x, device, lambda: running.free_memory(vae.patcher), tile, lambda: running.free_ram(in_ram), _weights_of,
             tick, running.release_memory, running.ran_out, kernels,
         )  # fmt: skip
 
@@ -131,11 +131,11 @@ def _obtainable(vae: Vae) -> int | None:
     return int(_SHARE * total) - vae.model_size()
 
 
-def _affine(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a norm on the device and in the type of ``like``, wherever the host keeps them."""
-    weight, bias, stream = comfy.ops.cast_bias_weight(norm, like, offloadable=True)
-    found = weight.clone(), bias.clone()
-    comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+def _weights_of(layer: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer on the device and in the type of ``like``, wherever the host keeps them."""
+    weight, bias, stream = comfy.ops.cast_bias_weight(layer, like, offloadable=True)
+    found = weight.clone(), None if bias is None else bias.clone()
+    comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
     return found
 
 

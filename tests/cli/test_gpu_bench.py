@@ -199,9 +199,12 @@ def test_a_comfyui_needs_weights_that_stay(stub, bench_folder, capsys):
 
 
 def test_a_comfyui_that_does_not_start_costs_itself_alone(stub, bench_folder):
-    rows = comfyui.rows_in_comfyui(stub, bench_folder, [64], torch.device("cuda"), time.monotonic() + 60)
-    assert [row["mode"] for row in rows] == ["default", "no dynamic VRAM", "no VRAM"]
+    rows = comfyui.rows_in_comfyui(stub, bench_folder, [64], 128, torch.device("cuda"), time.monotonic() + 60)
+    assert [(row["mode"], row["side"]) for row in rows] == [
+        ("default", 64), ("no dynamic VRAM", 64), ("no VRAM", 64), (comfyui.TAESD, 128)
+    ]  # fmt: skip
     assert rows[1]["skipped"] == "this ComfyUI has no --disable-dynamic-vram"
+    assert rows[3]["skipped"] == "this ComfyUI has no --preview-method taesd"
     assert rows[0]["error"] == rows[2]["error"] == "ComfyUI did not start: no module named torch"
 
 
@@ -209,14 +212,16 @@ def test_the_weights_run_in_a_real_comfyui(bench_folder):
     if (found := host.find()) is None:
         pytest.skip("no ComfyUI: set COMFYUI_PATH")
     bundle = bench_folder / "tiny-float32" / "ours.safetensors"
-    (row,) = rows = comfyui.rows_in_comfyui(found[0], bundle, [64], CPU, time.monotonic() + 300)
-    assert row.keys() == {"mode", "side", "first_seconds", "seconds", "peak_gigabytes"}, row
-    assert row["seconds"] > 0
-    assert 0.2 < row["peak_gigabytes"] < 8
-    (cells,) = tables(markdown({**HEAD, "comfyui": rows}))["In ComfyUI, with the time to load and save images"]
+    rows = comfyui.rows_in_comfyui(found[0], bundle, [64], 128, CPU, time.monotonic() + 300)
+    assert [(row["mode"], row["side"]) for row in rows] == [("CPU", 64), (comfyui.TAESD, 128)]
+    for row in rows:
+        assert row.keys() == {"mode", "side", "first_seconds", "seconds", "peak_gigabytes"}, row
+        assert row["seconds"] > 0
+        assert 0.2 < row["peak_gigabytes"] < 8
+    row, cells = rows[0], tables(markdown({**HEAD, "comfyui": rows}))["In ComfyUI, with the time to load and save images"][0]
     assert cells["mode"] == "CPU"
     assert float(cells["seconds"]) == pytest.approx(row["seconds"], rel=0.05)
-    (late,) = comfyui.rows_in_comfyui(found[0], bundle, [64], CPU, time.monotonic())
+    late, _ = comfyui.rows_in_comfyui(found[0], bundle, [64], 128, CPU, time.monotonic())
     assert late == {"mode": "CPU", "side": 64, "skipped": "no time was left"}
 
 

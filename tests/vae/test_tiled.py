@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.upsampling import Upsample2D
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -379,6 +380,7 @@ GPU_BYTES = 10**9
 
 def run_as_on_a_gpu(monkeypatch, program, x, tile=None, free=lambda: GPU_BYTES, ram=lambda: 10**12, **options) -> Tensor:
     monkeypatch.setattr(execute, "_could_move", lambda plan, device: plan.maps == "device")
+    monkeypatch.setattr(feature_map, "saves_time", lambda device, dtype: False)
     return plan_and_run(program, x, CPU, free, tile, ram, **options)
 
 
@@ -467,23 +469,24 @@ def test_other_errors_pass_through():
         tiled(decoder_program(vae), latents(9, 7))
 
 
-def test_a_host_hands_out_the_weights_of_norms():
+def test_a_host_hands_out_weights():
     """As a host does that keeps them in another type."""
     vae, z, asked = small_vae(), latents(9, 7), []
     reference = tiled(decoder_program(vae), z, 24)
     kept = {}
     for module in vae.decoder.modules():
-        if isinstance(module, nn.GroupNorm):
+        if isinstance(module, nn.GroupNorm | Upsample2D):
+            module = module.conv if isinstance(module, Upsample2D) else module
             kept[module] = module.weight.data.clone(), module.bias.data.clone()
             module.weight.data.zero_()
 
-    def affine(norm, like):
+    def weights_of(layer, like):
         asked.append((like.dtype, like.device))
-        return tuple(value.double() for value in kept[norm])
+        return tuple(value.double() for value in kept[layer])
 
-    assert torch.equal(tiled(decoder_program(vae), z, 24, affine=affine), reference)
+    assert torch.equal(tiled(decoder_program(vae), z, 24, weights_of=weights_of), reference)
     assert set(asked) == {(torch.float32, CPU)}
-    assert len(asked) == len(kept) + 1, "once for each norm, and once more for the queries"
+    assert len(asked) == len(kept) + 1, "once for each norm or convolution, and once more for the queries"
 
 
 def test_a_plan_for_something_else_is_refused():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .feature_map import FeatureMap, Workspace, covers, crop
 from .plan import Region, Step, input_region
+from .polyphase import PolyphaseConvolution
 from .program import Conv
 
 
@@ -27,12 +28,14 @@ def convolve(
     """
     adds_x = op.spec.kind == "residual_end"
     scale_shift = None if op.norm is None else work.scale_shift(op.norm, source)
+    enlarges = op.spec.rescale == "up" and work.polyphase
+    polyphase = PolyphaseConvolution(*work.weights(op.module), work.dtype) if enlarges else None
     may_defer = doubled_next and work.norms.adds_late and work.plan.maps == "device"
     if step.stored and target.tensor is None and not (step.whole and work.plan.maps == "device"):
         target.tensor = work.allocate(step, work.plan.maps, x.tensor)  # here, since smaller tiles would not help a map to fit
 
     def compute(region: Region) -> Tensor:
-        return _convolved(work, op, region, source, scale_shift)
+        return _convolved(work, op, region, source, scale_shift, polyphase)
 
     def process(region: Region) -> Callable[[], None]:
         tile, residual = compute(region), None
@@ -56,16 +59,17 @@ def convolve(
 
 
 def _convolved(
-    work: Workspace, op: Conv, region: Region, source: FeatureMap, scale_shift: tuple[Tensor, Tensor] | None
+    work: Workspace, op: Conv, region: Region, source: FeatureMap, scale_shift: tuple[Tensor, Tensor] | None,
+    polyphase: PolyphaseConvolution | None,
 ) -> Tensor:  # fmt: skip
     """The convolution's result for ``region``."""
     needed = input_region(op.spec, region, *source.size)
     tile = work.mover.read(source.crop(needed.area))
     tile = tile.contiguous(memory_format=work.layout) if scale_shift is None else work.norms.apply(tile, *scale_shift, True)
-    if op.spec.rescale == "up":
+    if op.spec.rescale == "up" and not polyphase:
         residual = source.pending_residual
         tile = work.norms.double(tile, None if residual is None else crop(residual, needed.area))
     elif any(needed.pad):
         tile = F.pad(tile, (0, needed.pad[1], 0, needed.pad[0]))
-    tile = op.module(tile)[:, :, needed.skip[0] :, needed.skip[1] :]
+    tile = (polyphase or op.module)(tile)[:, :, needed.skip[0] :, needed.skip[1] :]
     return tile[:, :, : region.height, : region.width]

@@ -18,7 +18,7 @@ from ..system.heap import own_heap
 from ..system.memory import RanOut, check_ram, is_out_of_memory
 from .attention import attend, project_keys_and_values
 from .convolution import convolve
-from .feature_map import Affine, FeatureMap, Workspace
+from .feature_map import FeatureMap, WeightsOf, Workspace
 from .passes import Kernels, Place
 from .plan import PLACES, Plan, plan_tiles
 from .program import Conv, KeyValue, Program, decoder_program, encoder_program
@@ -32,7 +32,7 @@ _MAX_HALVINGS = 2
 
 def plan_and_run(
     program: Program, x: Tensor, device: torch.device, free: Callable[[], int | None], tile: int | None, ram: Callable[[], int],
-    affine: Affine = lambda norm, like: (norm.weight, norm.bias),
+    weights_of: WeightsOf = lambda layer, like: (layer.weight, layer.bias),
     tick: Tick = lambda done, total: None, release: Callable[[], None] = lambda: None,
     ran_out: RanOut = is_out_of_memory, kernels: Kernels | None = None,
 ) -> Tensor:  # fmt: skip
@@ -55,7 +55,7 @@ def plan_and_run(
         plan = plan_tiles(specs, x.shape[2], x.shape[3], x.dtype.itemsize, free(), tile, places, kernels)
         check_ram(ram_bytes(plan, device), ram())
         try:
-            return run(program, x, plan, device, affine, tick, release, ran_out)
+            return run(program, x, plan, device, weights_of, tick, release, ran_out)
         except RuntimeError as error:
             if not (ran_out(error) and _could_move(plan, device)):
                 raise
@@ -118,7 +118,7 @@ def _could_move(plan: Plan, device: torch.device) -> bool:
 @torch.inference_mode()
 def run(
     program: Program, x: Tensor, plan: Plan, device: torch.device,
-    affine: Affine = lambda norm, like: (norm.weight, norm.bias),
+    weights_of: WeightsOf = lambda layer, like: (layer.weight, layer.bias),
     tick: Tick = lambda done, total: None, release: Callable[[], None] = lambda: None,
     ran_out: RanOut = is_out_of_memory,
 ) -> Tensor:  # fmt: skip
@@ -127,7 +127,7 @@ def run(
     Args:
         x: ``(B, C, plan.height, plan.width)`` in the autoencoder's type; ideally where the maps are.
         device: where the modules compute.
-        affine: for hosts that keep the weights of norms elsewhere or in another type.
+        weights_of: for hosts that keep the weights of layers elsewhere or in another type.
         release: frees cached memory after an out-of-memory error.
         ran_out: whether an error is an out-of-memory error.
 
@@ -149,7 +149,7 @@ def run(
     with _no_search():
         for index in range(len(x)):
             image = x[index : index + 1]
-            _run_image(program, FeatureMap(image), result[index : index + 1], Workspace(image, plan, device, affine, tiles))
+            _run_image(program, FeatureMap(image), result[index : index + 1], Workspace(image, plan, device, weights_of, tiles))
     return result
 
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from .norms import norms_for
 from .passes import Place
 from .plan import Plan, Region, Step
+from .polyphase import saves_time
 from .tile_loop import TileLoop
 from .transfer import Mover
 
-Affine = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
-"""Gives weight and bias of a norm, on the device of a tensor."""
+WeightsOf = Callable[[Any, Tensor], tuple[Any, Any]]
+"""Gives weight and bias of a norm or convolution, on the device of a tensor; None for a bias that it does not have."""
 
 
 @dataclass
@@ -46,12 +47,14 @@ class FeatureMap:
 class Workspace:
     """Device, memory layout, norms and tile loop of the passes over one image; allocates feature maps and stores tiles."""
 
-    def __init__(self, x: Tensor, plan: Plan, device: torch.device, affine: Affine, tiles: TileLoop) -> None:
-        self.plan, self.affine, self.tiles, self.dtype = plan, affine, tiles, x.dtype
+    def __init__(self, x: Tensor, plan: Plan, device: torch.device, weights_of: WeightsOf, tiles: TileLoop) -> None:
+        self.plan, self.weights_of, self.tiles, self.dtype = plan, weights_of, tiles, x.dtype
         self.mover = Mover(torch.empty(0, device=device).device)  # with its index
         channels_last = x.dtype.itemsize == 2 and device.type in ("cuda", "cpu") and not plan.kernels.unfolded
         self.layout = torch.channels_last if channels_last else torch.contiguous_format  # fp32 rounds less in the latter
         self.norms = norms_for(self.mover.device, x.dtype, self.layout)
+        self.polyphase = saves_time(device, x.dtype) and not self.norms.adds_late
+        """Whether enlarging is part of the convolution after it."""
         self._wide = torch.empty(0, dtype=torch.promote_types(x.dtype, torch.float32), device=device)
 
     def allocate(self, step: Step, place: Place, x: Tensor | None) -> Tensor:
@@ -85,8 +88,11 @@ class Workspace:
 
     def scale_shift(self, norm: nn.GroupNorm, source: FeatureMap) -> tuple[Tensor, Tensor]:
         """The norm of a whole map as ``x * scale + shift``, each ``(1, C, 1, 1)``."""
-        weight, bias = self.affine(norm, self._wide)
-        return self.norms.scale_shift(source.statistics, norm, weight, bias)
+        return self.norms.scale_shift(source.statistics, norm, *self.weights(norm))
+
+    def weights(self, layer: nn.Module) -> tuple[Any, Any]:
+        """Weight and bias of a layer, on the device."""
+        return self.weights_of(layer, self._wide)
 
 
 def covers(region: Region, step: Step) -> bool:

@@ -68,7 +68,8 @@ class WideNorms:
         return affine(mean, (variance + norm.eps).rsqrt_(), weight.to(mean), bias.to(mean))
 
     def apply(self, tile: Tensor, scale: Tensor, shift: Tensor, activate: bool) -> Tensor:
-        wide = torch.addcmul(shift, tile, scale)
+        on_cpu = tile.device.type == "cpu"  # where addcmul takes twice as long
+        wide = torch.mul(tile, scale).add_(shift) if on_cpu else torch.addcmul(shift, tile, scale)
         return (F.silu(wide, inplace=True) if activate else wide).to(tile.dtype)
 
     def double(self, tile: Tensor, x: Tensor | None) -> Tensor:

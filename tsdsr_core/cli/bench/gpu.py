@@ -83,7 +83,7 @@ def run_gpu(options: argparse.Namespace) -> int:
     if options.comfyui is not None:
         bundle = weights_folder(options.work, options.size, dtype) / BUNDLE
         those = [side for side in sides if side <= _IN_COMFYUI] or sides[:1]
-        part("comfyui", lambda: rows_in_comfyui(options.comfyui, bundle, those[-2:], device, clock.end))
+        part("comfyui", lambda: rows_in_comfyui(options.comfyui, bundle, those[-2:], sides[-1], device, clock.end))
     print(markdown(report))
     print(json.dumps(report))
     return 0

@@ -1,4 +1,4 @@
-"""A 3x3 convolution of a map that is enlarged twice, computed on the map before it is enlarged (polyphase decomposition)."""
+"""A 3x3 convolution of a map that was enlarged by 2, computed on the map before that (polyphase decomposition)."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 from torch import Tensor
 
+from tsdsr_core.families.load import load
 from tsdsr_core.images.files import read_picture
 from tsdsr_core.pipeline import Options, bicubic, restore
-from tsdsr_core.sd3.models import load_builtin
 
 ROOT = Path(__file__).parent.parent
 ICON, BANNER, THUMBNAIL = (400, 400), (1680, 720), (512, 512)
@@ -58,9 +58,9 @@ def main() -> None:
 def before_and_after(name: str, passes: tuple[float, ...] = (4.0,)) -> tuple[Image.Image, Image.Image]:
     """An example, enlarged bicubically and restored by the built-in model, once with each of the factors ``passes``."""
     picture = result = read_picture(ROOT / "docs" / "examples" / f"{name}.png").rgb
-    model = load_builtin(torch.device("cpu"), torch.float32)
+    model = load("builtin", device=torch.device("cpu"), dtype=torch.float32)
     for factor in passes:
-        result = restore(result, model.restorer(), replace(Options(**model.defaults), scale=factor))
+        result = restore(result, model.model(), replace(Options(**model.defaults), scale=factor))
     return as_image(bicubic(picture, (result.shape[2], result.shape[3]))), as_image(result)
 
 

@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tsdsr_core.colour import METHODS, match_colour
+from tsdsr_core.families.load import load
 from tsdsr_core.images.files import read_picture
 from tsdsr_core.pipeline import Options, bicubic, restore
-from tsdsr_core.sd3.models import load_builtin
 
 ROOT = Path(__file__).parent.parent
 LABEL, GAP = 22, 4
@@ -31,11 +31,11 @@ CAST = torch.tensor([0.9, 0.75, 0.6])
 
 def main() -> None:
     """Draw all of them."""
-    model = load_builtin(torch.device("cpu"), torch.float32)
+    model = load("builtin", device=torch.device("cpu"), dtype=torch.float32)
     usual = Options(**model.defaults)
 
     def restored(image: Tensor, **changes) -> Tensor:
-        return restore(image, model.restorer(), replace(usual, **changes))
+        return restore(image, model.model(), replace(usual, **changes))
 
     images = ROOT / "web" / "docs" / "images"
     window, parrots = (read_picture(ROOT / "docs" / "examples" / f"{name}.png").rgb for name in ("window", "parrots"))

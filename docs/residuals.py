@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsdsr_core.colour import wavelet
+from tsdsr_core.families.bundle import bundle_path
 from tsdsr_core.flow import schedule
 from tsdsr_core.metrics.fidelity import psnr_y
 from tsdsr_core.metrics.spectrum import sharpness
@@ -30,7 +31,6 @@ from tsdsr_core.train.networks.roles import FAKE, STUDENT, TEACHER, set_paramete
 from tsdsr_core.train.objectives import losses
 from tsdsr_core.train.objectives.trajectory import plan
 from tsdsr_core.train.trainers import latent_of, restored_latent
-from tsdsr_core.weights.bundle import bundle_path
 
 INDICES = (200, 500, 700, 850, 950)
 RESIDUALS = {"VSD": (1.0, False), "TSM, velocities": (0.0, False), "TSM, scores": (0.0, True)}

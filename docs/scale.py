@@ -15,8 +15,9 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tsdsr_core import Options
-from tsdsr_core.sd3.config import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, VAE_CONFIG
-from tsdsr_core.sd3.fold import fold_structure
+from tsdsr_core.families.sd3 import PROMPT_TOKENS
+from tsdsr_core.families.sd3.config import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, VAE_CONFIG
+from tsdsr_core.families.sd3.fold import fold_structure
 from tsdsr_core.tiles.memory import TileMemory
 from tsdsr_core.vae.execute import run
 from tsdsr_core.vae.plan import Plan, plan_tiles
@@ -53,7 +54,7 @@ def main() -> None:
 
 def step_cost(transformer: Any, side: int) -> tuple[int, int]:
     """Number of tiles of the step for a result of ``side`` pixels, and operations of all."""
-    plan = Options().tiling(2, None, TileMemory()).plan(side // FACTOR, side // FACTOR)
+    plan = Options().tiling(2, None, PROMPT_TOKENS, TileMemory()).plan(side // FACTOR, side // FACTOR)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         transformer(
             torch.empty(1, 16, plan.tile_height, plan.tile_width, device=META), torch.empty(TOKENS_SHAPE, device=META),

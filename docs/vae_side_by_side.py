@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tsdsr_core.cli.bench.benchmark import machine, synchronise
-from tsdsr_core.sd3.config import VAE_CONFIG
+from tsdsr_core.families.sd3.config import VAE_CONFIG
 from tsdsr_core.system.device import DTYPES, choose_device, choose_dtype, free_memory, free_ram, release_memory
 from tsdsr_core.system.peak import peak_memory
 from tsdsr_core.vae.execute import plan_and_run

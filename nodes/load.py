@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..tsdsr_core.weights.bundle import BUILTIN, find_lora
+from ..tsdsr_core.families.bundle import BUILTIN, find_lora
 from ..tsdsr_core.weights.lora import TRANSFORMER_FILE, VAE_FILE
 from ..tsdsr_core.weights.prompt import POOLED_FILE, TOKENS_FILE, load_prompt, pair_of
 from ..tsdsr_core.weights.reading import PICKLED, SUFFIXES

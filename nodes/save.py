@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io, ui
 
-from ..tsdsr_core.weights.bundle import write_bundle
+from ..tsdsr_core.families.bundle import write_bundle
 from . import inputs
 from .checks import checked
 from .host import bundling, files, models, running, sampling

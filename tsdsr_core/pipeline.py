@@ -51,6 +51,8 @@ class Model:
     patch: int = 2
     longest_side: int | None = None
     """Longest latent side that the transformer's position table covers."""
+    context_tokens: int = 0
+    """Tokens that each tile costs besides its own, such as a prompt's."""
     memory: TileMemory = field(default_factory=TileMemory)
     """Chooses side and batch of the tiles where the options do not."""
     check_memory: Callable[[int, int], None] = lambda height, width: None
@@ -93,11 +95,13 @@ class Options:
             check_number("tile batch", self.tile_batch, 1, whole=True)
         check_number("process size", self.process_size, *PROCESS_SIZE_RANGE, whole=True)
 
-    def tiling(self, patch: int, longest_side: int | None, memory: TileMemory) -> Tiling:
+    def tiling(self, patch: int, longest_side: int | None, context_tokens: int, memory: TileMemory) -> Tiling:
         """The tiling for a model of a patch size that sees ``longest_side`` latent cells; longer tiles are cut to that."""
         official = self.recipe == "official"
         affordable = TILE if official else memory.side()
-        return choose_tiling(self.tile, self.tile_overlap, patch, longest_side, affordable, self.tile_batch, official)
+        return choose_tiling(
+            self.tile, self.tile_overlap, patch, longest_side, affordable, self.tile_batch, official, context_tokens
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -216,7 +220,7 @@ def tiling_of(model: Model, options: Options) -> Tiling:
     """The tiling of ``options`` for ``model``; raises ``InputError`` where they do not suit it."""
     if options.tile is not None and model.longest_side is not None and options.tile > model.longest_side:
         raise InputError(f"tile {options.tile} is above the {model.longest_side} latent cells that this model supports")
-    return options.tiling(model.patch, model.longest_side, model.memory)
+    return options.tiling(model.patch, model.longest_side, model.context_tokens, model.memory)
 
 
 def bicubic(image: Tensor, size: Size) -> Tensor:

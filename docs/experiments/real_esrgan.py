@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tsdsr_core.families.load import load
 from tsdsr_core.images.files import Picture, read_picture, write_picture
 from tsdsr_core.images.jobs import collect
 from tsdsr_core.pipeline import Options
 from tsdsr_core.pipeline import restore as restore_by_model
-from tsdsr_core.sd3.models import load_builtin
 from tsdsr_core.train.data.dataset import Mixture, Pairs
 from tsdsr_core.train.data.degradations import degrade
 from tsdsr_core.train.data.guided import write_guided
@@ -156,11 +156,11 @@ def make_guides(network: nn.Module, photos: list[Path], output: Path, files: int
 
 def compare_times(network: nn.Module, path: Path, repeats: int) -> None:
     """Print CPU seconds a megapixel, of all threads together; waiting for other programs does not count."""
-    image, model = read_picture(path).rgb, load_builtin(torch.device("cpu"), torch.float32)
+    image, model = read_picture(path).rgb, load("builtin", device=torch.device("cpu"), dtype=torch.float32)
     options = Options(scale=SCALE, **model.defaults)
     ways: dict[str, Callable[[], Tensor]] = {
         "network": lambda: network(image),
-        "built-in": lambda: restore_by_model(image, model.restorer(), options),
+        "built-in": lambda: restore_by_model(image, model.model(), options),
     }
     least = dict.fromkeys(ways, float("inf"))
     for _ in range(repeats + 1):  # the first time is longer

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tsdsr_core.families.bundle import BUILTIN, read_bundle, vae_weights, write_bundle
+from tsdsr_core.families.load import from_bundle
 from tsdsr_core.images.files import read_picture
-from tsdsr_core.sd3.models import model_from_bundle
 from tsdsr_core.train.networks.small_model import deepened
-from tsdsr_core.weights.bundle import BUILTIN, read_bundle, vae_weights, write_bundle
 
 LAYERS, LEVELS, SIDE = 6, 6, 256
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     bundle = read_bundle(BUILTIN)
-    vae: Any = model_from_bundle(bundle, torch.device("cpu"), torch.float32).vae
+    vae: Any = from_bundle(bundle, torch.device("cpu"), torch.float32).vae
     half, full = vae.decoder.up_blocks[1], vae.decoder.up_blocks[2]
     added: dict[nn.Module, torch.Tensor] = {}
     for block in (half.resnets[1], full.resnets[0]):

@@ -10,7 +10,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...tsdsr_core.weights.bundle import Bundle, vae_weights
+from ...tsdsr_core.families.bundle import Bundle, vae_weights
 from ...tsdsr_core.weights.vae_keys import weights_to_diffusers
 from ..types import Conditioning, HostModel, Patcher, Vae
 from . import layers, running

@@ -12,10 +12,10 @@ import comfy.sd
 import torch
 from torch import Tensor
 
+from ...tsdsr_core.families.bundle import Bundle, read_bundle
 from ...tsdsr_core.system.memory import is_out_of_memory
 from ...tsdsr_core.system.precision import fits
 from ...tsdsr_core.vae.program import decoder_program, encoder_program
-from ...tsdsr_core.weights.bundle import Bundle, read_bundle
 from ...tsdsr_core.weights.prompt import PromptEmbeds
 from ...tsdsr_core.weights.vae_keys import weights_to_original
 from ..types import Conditioning, HostModel, LatentFormat, Patcher, Vae

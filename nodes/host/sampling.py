@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...tsdsr_core.checks import check_number
+from ...tsdsr_core.families.sd3 import PROMPT_TOKENS
 from ...tsdsr_core.flow import TIMESTEP, one_step
 from ...tsdsr_core.pipeline import Options, pad_to
 from ...tsdsr_core.tiles.blend import velocity_in_memory
@@ -144,7 +145,7 @@ def plan_transformer_tiles(latents: Tensor, model: Any, options: Options) -> Til
 def host_tiling(base: Any, options: Options, memory: TileMemory) -> Tiling:
     """The tiling of ``options`` for the host model ``base``, within what its position table covers."""
     patch = base.diffusion_model.patch_size
-    return options.tiling(patch, (base.diffusion_model.pos_embed_max_size or 0) * patch or None, memory)
+    return options.tiling(patch, (base.diffusion_model.pos_embed_max_size or 0) * patch or None, PROMPT_TOKENS, memory)
 
 
 def check_model(model: HostModel) -> None:

@@ -83,7 +83,7 @@ def check_memory(vae: Vae, height: int, width: int, tile: int | None = None, dec
     device, overflowed = vae.patcher.load_device, _overflowed.get(vae.first_stage_model, set())
     encoder, decoder = (half_dtype(half, vae.vae_dtype, overflowed).itemsize for half in _PROGRAMS)
     execute.check_memory(
-        vae.first_stage_model, height, width, factor_of(vae), (encoder, decoder), device, _obtainable(vae), tile,
+        _PROGRAMS, vae.first_stage_model, height, width, factor_of(vae), (encoder, decoder), device, _obtainable(vae), tile,
         running.free_ram, _kernels(device), patched=bool(vae.patcher.patches), decodes=decodes,
     )  # fmt: skip
 

@@ -17,11 +17,11 @@ from PIL import Image
 from tsdsr_core.cli import arguments as shared_arguments
 from tsdsr_core.cli import main
 from tsdsr_core.cli import upscale as upscale_command
+from tsdsr_core.families import restorer
+from tsdsr_core.families.bundle import read_bundle
+from tsdsr_core.families.restorer import Restorer
 from tsdsr_core.images.files import Picture, read_picture, write_picture
-from tsdsr_core.sd3 import models as sd3_models
-from tsdsr_core.sd3.models import DiffusersModel
 from tsdsr_core.vae import execute as vae_execute
-from tsdsr_core.weights.bundle import read_bundle
 
 from ..support import oracle
 from ..support.tiny import Published, disc, photo
@@ -138,8 +138,8 @@ def test_bundle_says_what_is_missing_and_stores_notes(published, tmp_path, capsy
         (["{in}/0.png", "-o", "{out}", "--memory", "4", "--device", "cpu"], "--memory 4 applies to GPUs only"),
         (["{in}/0.png", "-o", "{out}", "--model", "{in}/no.safetensors"], "no.safetensors"),
         (["{in}/0.png", "-o", "{out}", "--model", "{in}/0.png"], "not a safetensors file"),
-        (["{in}/0.png", "-o", "{out}", "--model", "{in}"], "--lora-dir"),
-        (["{in}/0.png", "-o", "{out}", "--lora-dir", "{in}"], "need an SD3 folder"),
+        (["{in}/0.png", "-o", "{out}", "--model", "{in}"], "in is not a model folder"),
+        (["{in}/0.png", "-o", "{out}", "--lora-dir", "{in}"], "need a model folder"),
         (["{in}/0.png", "{in}/1.png", "-o", "{out}/x.png"], "expected a folder"),
         (["{in}", "-o", "{in}"], "overwrite an input"),
     ],
@@ -179,7 +179,7 @@ def test_running_out_of_memory_is_reported_with_advice(pictures, tmp_path, capsy
     def decode(self, z):
         raise torch.OutOfMemoryError("tried to allocate 64 GiB")
 
-    monkeypatch.setattr(DiffusersModel, "decode", decode)
+    monkeypatch.setattr(Restorer, "decode", decode)
     assert upscale(pictures / "0.png", "-o", tmp_path / "x.png") == 1
     assert "0.png: out of memory; try a smaller --scale" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
@@ -320,7 +320,7 @@ def test_a_window_of_the_attention_that_holds_the_image_changes_nothing(publishe
 def test_a_picture_beyond_the_memory_is_refused_and_the_others_are_done(pictures, tmp_path, capsys, monkeypatch):
     picture = photo(64, 96)
     write_picture(pictures / "large.png", Picture(picture))
-    monkeypatch.setattr(sd3_models, "free_ram", lambda: 2 * 10**6)
+    monkeypatch.setattr(restorer, "free_ram", lambda: 2 * 10**6)
     assert upscale(pictures, "-o", tmp_path / "out", "--scale", "1") == 1
     assert "large.png: the VAE needs" in capsys.readouterr().err
     assert len(list((tmp_path / "out").iterdir())) == 3
@@ -334,7 +334,7 @@ def test_the_memory_that_a_person_allows_is_planned_with(published, pictures, tm
     monkeypatch.setattr(vae_execute, "run", lambda *given: plans.append(given[2]) or run(*given))
     monkeypatch.setattr(upscale_command, "memory_limit", lambda options, device: int(options.memory * 1e9))
     monkeypatch.setattr(shared_arguments, "held_memory", lambda device: 10**6)
-    monkeypatch.setattr(sd3_models, "free_memory", lambda device, limit: asked.append(limit) or min(10**9, limit - 10**6))
+    monkeypatch.setattr(restorer, "free_memory", lambda device, limit: asked.append(limit) or min(10**9, limit - 10**6))
     for memory, place in (("0.5", "device"), ("0.002", "host")):
         result = result_of(tmp_path / f"{place}.png", *arguments, "--memory", memory)
         assert np.abs(result - whole).max() <= 1, "rounding to 8 bit"
@@ -352,8 +352,8 @@ def test_a_limit_below_the_weights_is_named(published, pictures, tmp_path, monke
 
 
 def test_the_tile_batch_is_how_many_tiles_run_at_once(published, pictures, tmp_path, monkeypatch):
-    sizes, velocity = [], DiffusersModel.velocity
-    monkeypatch.setattr(DiffusersModel, "velocity", lambda self, z: sizes.append(len(z)) or velocity(self, z))
+    sizes, velocity = [], Restorer.velocity
+    monkeypatch.setattr(Restorer, "velocity", lambda self, z: sizes.append(len(z)) or velocity(self, z))
     arguments = [pictures / "2.png", *official(published), "--scale", "1", "--tile", "32", "--tile-overlap", "0"]
     result_of(tmp_path / "a.png", *arguments, "--tile-batch", "3")
     assert sizes == [2, 2]
@@ -376,7 +376,7 @@ def test_nothing_to_do_loads_no_model(pictures, tmp_path, capsys):
 
 def test_results_too_large_for_their_format_are_refused_before_the_work(tmp_path, capsys, monkeypatch):
     write_picture(tmp_path / "long.png", Picture(photo(1, 2000)))
-    monkeypatch.setattr(DiffusersModel, "decode", None)
+    monkeypatch.setattr(Restorer, "decode", None)
     assert upscale(tmp_path / "long.png", "-o", tmp_path / "x.webp", "--scale", "16") == 1
     assert "WEBP supports at most 16383 pixels a side" in capsys.readouterr().err
 

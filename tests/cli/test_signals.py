@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tsdsr_core.cli import main
+from tsdsr_core.families.bundle import BUILTIN
 from tsdsr_core.images.files import Picture, read_picture, write_picture
-from tsdsr_core.weights.bundle import BUILTIN
 
 from ..support.tiny import photo
 

@@ -13,9 +13,9 @@ import torch
 from tsdsr_core.cli import main
 from tsdsr_core.cli import upscale as upscale_command
 from tsdsr_core.cli.progress import bar, time_left
+from tsdsr_core.families.load import load
 from tsdsr_core.images.files import Picture, write_picture
 from tsdsr_core.pipeline import Options, restore
-from tsdsr_core.sd3.models import load_builtin
 from tsdsr_core.video import writing
 
 from ..support.clips import LOSSLESS, look, make_clip, scene, stored
@@ -46,10 +46,10 @@ def test_frames_are_those_of_the_image_path(tmp_path, monkeypatch, capsys):
     assert "clip-2x.mp4  112x80  " in capsys.readouterr().out
     found = look(tmp_path / "new" / "clip-2x.mp4")
     assert found.sound == look(source).sound
-    model = load_builtin(torch.device("cpu"), torch.float32)
+    model = load("builtin", device=torch.device("cpu"), dtype=torch.float32)
     for index, frame in enumerate(found.frames):
         image = torch.from_numpy(scene(index, 40, 56).astype(np.float32) / 255).permute(2, 0, 1)[None]
-        expected = restore(image, model.restorer(), Options(scale=2, **model.defaults))[0]
+        expected = restore(image, model.model(), Options(scale=2, **model.defaults))[0]
         luma = torch.einsum("chw,c->hw", expected, LUMA) * 219 + 16
         assert np.abs(stored(frame) - luma.numpy()).max() <= 0.51
     assert len(found.frames) == 2

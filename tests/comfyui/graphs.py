@@ -15,8 +15,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tsdsr_core.sd3.config import VAE_CONFIG
-from tsdsr_core.sd3.models import load_folder
+from tsdsr_core.families.load import load
+from tsdsr_core.families.sd3.config import VAE_CONFIG
 from tsdsr_core.weights.lora import load_lora
 from tsdsr_core.weights.prompt import load_prompt
 
@@ -89,7 +89,7 @@ def _make_checkpoints(models: Path) -> None:
 def core_sd3(sd3: SD3):
     """The same weights in the core."""
     loras = load_lora(sd3.loras / "transformer.safetensors"), load_lora(sd3.loras / "vae.safetensors")
-    return load_folder(sd3.folder, loras, load_prompt(sd3.embeddings), CPU, torch.float32)
+    return load(sd3.folder, loras=loras, prompt=load_prompt(sd3.embeddings), device=CPU, dtype=torch.float32)
 
 
 def load_sd3(graph: Graph, **changes) -> tuple[str, str]:

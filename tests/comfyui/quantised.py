@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tsdsr_core.families.bundle import write_bundle
+from tsdsr_core.families.load import merged_bundle
+from tsdsr_core.families.restorer import Restorer
+from tsdsr_core.families.sd3.fold import fold
 from tsdsr_core.images.files import read_picture
 from tsdsr_core.pipeline import Options, restore
-from tsdsr_core.sd3.fold import fold
-from tsdsr_core.sd3.models import DiffusersModel, merged_bundle
-from tsdsr_core.weights.bundle import write_bundle
 
 from .graphs import TILES, UPSCALE
 from .host import Graph, Host
@@ -17,7 +18,7 @@ from .host import Graph, Host
 OPTIONS = Options(scale=1.0, process_size=0, tile=16, tile_overlap=4)
 
 
-def write(host: Host, model: DiffusersModel, name: str, folded: bool, quantised) -> Path:
+def write(host: Host, model: Restorer, name: str, folded: bool, quantised) -> Path:
     """A bundle of ``model`` in fp16 with matrices "float8" or "int8"."""
     if folded:
         fold(model.transformer, model.prompt.pooled)
@@ -27,7 +28,7 @@ def write(host: Host, model: DiffusersModel, name: str, folded: bool, quantised)
     return path
 
 
-def load(graph: Graph, path: Path) -> str:
+def load_node(graph: Graph, path: Path) -> str:
     """The node that loads a bundle."""
     return graph.add("TSDSRLoadCheckpoint", checkpoint=path.name, vae_precision="fp32")
 
@@ -40,6 +41,6 @@ def upscale(graph: Graph, loader: str, model: tuple[str, int], name: str) -> str
     return graph.add("SaveImage", images=(result, 0), filename_prefix=name)
 
 
-def core(host: Host, model: DiffusersModel) -> Tensor:
+def core(host: Host, model: Restorer) -> Tensor:
     """What the core makes of the same photo."""
-    return restore(read_picture(host.base / "input" / "photo.png").rgb, model.restorer(), OPTIONS)[0]
+    return restore(read_picture(host.base / "input" / "photo.png").rgb, model.model(), OPTIONS)[0]

@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from tsdsr_core.families.bundle import BUILTIN, read_bundle
+from tsdsr_core.families.load import load
 from tsdsr_core.images.files import read_picture
 from tsdsr_core.metrics.fidelity import psnr_y, ssim_y
 from tsdsr_core.pipeline import Options, bicubic, restore
-from tsdsr_core.sd3.models import load_builtin
-from tsdsr_core.weights.bundle import BUILTIN, read_bundle
 
 DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load_builtin(torch.device("cpu"), torch.float32)
+    return load("builtin", device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def stack(folder: str) -> torch.Tensor:
 def test_it_beats_bicubic_enlargement(preset, model, options):
     low, high = stack(f"lq-{preset}"), stack("hq")
     assert len(low) == len(high) == 3
-    restored, enlarged = restore(low, model.restorer(), options), bicubic(low, (256, 256))
+    restored, enlarged = restore(low, model.model(), options), bicubic(low, (256, 256))
     assert psnr_y(restored, high).mean() > psnr_y(enlarged, high).mean() + 0.2
     assert ssim_y(restored, high).mean() > ssim_y(enlarged, high).mean()
 
@@ -53,16 +53,14 @@ def test_it_is_small_and_says_what_it_is():
 
 def test_strength_zero_is_close_to_plain_enlargement(model, options):
     low = stack("lq-light")
-    kept = restore(low, model.restorer(), dataclasses.replace(options, strength=0.0))
+    kept = restore(low, model.model(), dataclasses.replace(options, strength=0.0))
     assert psnr_y(kept, bicubic(low, (256, 256))).min() > 25
 
 
 def test_tiles_leave_no_seams(model, options):
     """A seam is a jump that a whole row or column shares; tiled and untiled results differ by none of one 8-bit level."""
     low = stack("lq-medium")[:1].repeat(1, 1, 2, 2)
-    difference = restore(low, model.restorer(), options) - restore(
-        low, model.restorer(), dataclasses.replace(options, tile=128)
-    )
+    difference = restore(low, model.model(), options) - restore(low, model.model(), dataclasses.replace(options, tile=128))
     for axis, across in ((2, 3), (3, 2)):
         jumps = difference.diff(dim=axis).mean(across).abs()
         assert jumps.max() < 1 / 255

@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from tsdsr_core.families.sd3.config import VAE_CONFIG
 from tsdsr_core.pipeline import Options, bicubic, match_input
-from tsdsr_core.sd3.config import VAE_CONFIG
 from tsdsr_core.system.device import free_memory, free_ram, release_memory
 from tsdsr_core.vae.execute import plan_and_run, run
 from tsdsr_core.vae.plan import HEADROOM, plan_tiles

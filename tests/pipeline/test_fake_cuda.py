@@ -13,9 +13,10 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import nn
 
 from tsdsr_core import colour
+from tsdsr_core.families.load import from_bundle, merged_bundle
+from tsdsr_core.families.restorer import Restorer
+from tsdsr_core.families.sd3.fold import fold
 from tsdsr_core.pipeline import Options, bicubic, restore
-from tsdsr_core.sd3.fold import fold
-from tsdsr_core.sd3.models import DiffusersModel, merged_bundle, model_from_bundle
 from tsdsr_core.system.memory import ImageDevice
 from tsdsr_core.vae import execute, norms, transfer
 from tsdsr_core.vae.execute import kernels_of, run
@@ -64,9 +65,9 @@ def forget() -> None:
         kept.cache_clear()
 
 
-def model_on(mode: FakeDevice, dtype: torch.dtype = torch.float16) -> DiffusersModel:
+def model_on(mode: FakeDevice, dtype: torch.dtype = torch.float16) -> Restorer:
     prompt = PromptEmbeds(torch.randn(1, 9, 24), torch.randn(1, 20))
-    return DiffusersModel(SD3Transformer2DModel(**TRANSFORMER), AutoencoderKL(**SHALLOW), prompt, mode.device, dtype)
+    return Restorer(SD3Transformer2DModel(**TRANSFORMER), AutoencoderKL(**SHALLOW), prompt, mode.device, dtype)
 
 
 def picture(device: torch.device, batch: int = 1) -> torch.Tensor:
@@ -83,7 +84,7 @@ def everywhere(module: nn.Module) -> set[str]:
 def test_restoring(mode, place, dtype):
     """Of pictures that lie on the device, and of large ones in host memory."""
     where = mode.device if place == "device" else CPU
-    result = restore(picture(where, 2), model_on(mode, dtype).restorer(), QUICK)
+    result = restore(picture(where, 2), model_on(mode, dtype).model(), QUICK)
     assert (tuple(result.shape), result.device) == ((2, 3, 40, 56), where)
 
 
@@ -92,14 +93,14 @@ RESIZING, FILTERING = "aten::upsample_bicubic2d", "aten::replication_pad2d"
 
 
 def test_pictures_are_worked_on_beside_the_model(mode):
-    assert restore(picture(CPU), model_on(mode).restorer(), QUICK).device == CPU
+    assert restore(picture(CPU), model_on(mode).model(), QUICK).device == CPU
     assert mode.ran[RESIZING] == mode.ran[FILTERING] == {"cuda"}
 
 
 def test_pictures_are_worked_on_by_the_cpu_where_they_do_not_fit(mode):
     model = model_on(mode)
     model.memory_limit = 4 * 72 * 40 * 56 - 1
-    assert restore(picture(CPU), model.restorer(), QUICK).device == CPU
+    assert restore(picture(CPU), model.model(), QUICK).device == CPU
     assert mode.ran[RESIZING] == mode.ran[FILTERING] == {"cpu"}
 
 
@@ -119,7 +120,7 @@ def test_pictures_come_off_the_device_where_its_memory_runs_out(mode, place, fai
         return run(device, height, width, watched, *tensors)
 
     monkeypatch.setattr(ImageDevice, "run", counted)
-    result = restore(picture(where, 3), model_on(mode).restorer(), QUICK)
+    result = restore(picture(where, 3), model_on(mode).model(), QUICK)
     assert (tuple(result.shape), result.device) == ((3, 3, 40, 56), where)
     assert len(caplog.records) == 1
     places = [kind for _, kind in calls]
@@ -128,19 +129,19 @@ def test_pictures_come_off_the_device_where_its_memory_runs_out(mode, place, fai
 
 
 def test_latent_tiles(mode):
-    result = restore(picture(mode.device), model_on(mode).restorer(), replace(QUICK, tile=16, tile_overlap=4, tile_batch=2))
+    result = restore(picture(mode.device), model_on(mode).model(), replace(QUICK, tile=16, tile_overlap=4, tile_batch=2))
     assert result.device == mode.device
 
 
 def test_the_official_recipe(mode):
     """Of a size that needs no resizing, for which Pillow wants data."""
     whole = torch.rand(1, 3, 16, 32).to(mode.device)
-    result = restore(whole, model_on(mode).restorer(), replace(QUICK, recipe="official", scale=1))
+    result = restore(whole, model_on(mode).model(), replace(QUICK, recipe="official", scale=1))
     assert result.device == mode.device
 
 
 def test_a_sampled_posterior(mode):
-    result = restore(picture(mode.device), model_on(mode).restorer("sample", seed=3), QUICK)
+    result = restore(picture(mode.device), model_on(mode).model("sample", seed=3), QUICK)
     assert result.device == mode.device
 
 
@@ -216,16 +217,16 @@ def test_bundles(mode, folded, quantised):
     bundle = merged_bundle(model.transformer, model.vae, model.prompt, torch.float16, {}, {}, quantised)
     types = {weight.dtype for weight in bundle.transformer.values()}
     assert (bundle.eight_bit, bundle.int8) == (float8.STORED in types, int8.STORED in types)
-    loaded = model_from_bundle(bundle, mode.device, torch.float16)
+    loaded = from_bundle(bundle, mode.device, torch.float16)
     assert everywhere(loaded.transformer) == everywhere(loaded.vae) == {mode.device.type}
-    result = restore(picture(mode.device), loaded.restorer(), QUICK)
+    result = restore(picture(mode.device), loaded.model(), QUICK)
     assert result.device == mode.device
 
 
 def test_a_tensor_on_the_wrong_device_is_found(mode):
     """What this module is for: one forgotten ``.to(device)``."""
     model = model_on(mode)
-    restorer = model.restorer()
+    restorer = model.model()
     astray = replace(restorer, velocity=lambda z: restorer.velocity(z) + torch.ones(1, 16, 1, 1, dtype=z.dtype))
     with pytest.raises(RuntimeError, match=r"found (at least )?two (different )?devices"):
         restore(picture(mode.device), astray, QUICK)

@@ -24,6 +24,8 @@ HOST = {
 }
 BASE = {"checks", "colour", "errors", "flow", "image_size", "system"}
 """Modules at the top of the core, and ``system``, that every other one may use; they use each other alone."""
+FOLDING = ("families", "sd3", "fold")
+"""Needs diffusers, so that no node may import it."""
 PIPELINE = {"alpha", "official", "pipeline"}
 MAY_IMPORT = {
     "base": {"base"},
@@ -34,18 +36,20 @@ MAY_IMPORT = {
     "video": {"base", "video"},
     "metrics": {"base", "metrics", "weights"},
     "pipeline": {"base", "pipeline", "tiles"},
-    "sd3": {"base", "pipeline", "sd3", "tiles", "vae", "weights"},
-    "train": {"base", "images", "metrics", "pipeline", "sd3", "tiles", "train", "vae", "weights"},
-    "cli": {"base", "cli", "images", "metrics", "pipeline", "sd3", "tiles", "train", "vae", "video", "weights"},
-    "nodes": {"base", "nodes", "pipeline", "tiles", "vae", "weights"},
-    "public": {"base", "images", "pipeline", "sd3", "weights"},
+    "folding": {"base", "families"},
+    "families": {"base", "families", "folding", "pipeline", "tiles", "vae", "weights"},
+    "train": {"base", "images", "metrics", "pipeline", "families", "tiles", "train", "vae", "weights"},
+    "cli": {"base", "cli", "families", "folding", "images", "metrics", "pipeline", "tiles", "train", "vae", "video", "weights"},
+    "nodes": {"base", "families", "nodes", "pipeline", "tiles", "vae", "weights"},
+    "public": {"base", "families", "images", "pipeline"},
 }
 """The arrows between the folders; ``public`` is what ``tsdsr_core`` itself offers its users, and no part of it uses."""
 PACKAGES = {
     "images": {"PIL", "cv2", "pillow_heif", "pillow_jxl", "tifffile"},
     "video": {"av"},
     "pipeline": {"PIL"},
-    "sd3": {"accelerate", "diffusers", "peft"},
+    "families": {"diffusers"},
+    "folding": {"diffusers"},
     "vae": {"triton"},
     "train": {"PIL", "accelerate", "diffusers", "peft", "pyiqa", "tensorboard", "tqdm", "transformers"},
     "cli": {"accelerate", "diffusers", "peft", "pyiqa", "tqdm", "transformers"},
@@ -56,16 +60,18 @@ EVERYWHERE = {"numpy", "psutil", "safetensors", "torch"}
 """Brought by ComfyUI and by the plain installation alike."""
 EXTRAS = set().union(*PACKAGES.values()) - {"PIL", "comfy_api"}
 WHOLE_NUMBERS = {CORE / "image_size.py", CORE / "tiles" / "plan.py", CORE / "vae" / "passes.py", CORE / "vae" / "plan.py"}
-LIGHT = BASE | PIPELINE | {"metrics", "tiles", "vae", "weights"}
+LIGHT = BASE | PIPELINE | {"families", "metrics", "tiles", "vae", "weights"}
 """What needs no extra: a host application loads it."""
-OPTIONAL = {"tsdsr_core.vae.triton_norms"}
-"""But for what ``vae.norms`` loads only where there is Triton."""
+OPTIONAL = {"tsdsr_core.families.sd3.fold", "tsdsr_core.vae.triton_norms"}
+"""But for what is loaded only where it is used: folding needs diffusers, the norms' kernels Triton."""
 
 
 def room(parts: tuple[str, ...]) -> str:
     """The room of a module by its path from the root, without suffix."""
     if parts[0] == "nodes":
         return "nodes"
+    if parts[1:4] == FOLDING:
+        return "folding"
     first = parts[1] if len(parts) > 1 else "__init__"
     if first in PIPELINE:
         return "pipeline"
@@ -118,19 +124,19 @@ def test_arrows_run_down(path):
         ("tsdsr_core/tiles/plan.py", "from ..pipeline import Options"),
         ("tsdsr_core/vae/plan.py", "from ..weights.lora import Lora"),
         ("tsdsr_core/weights/lora.py", "import diffusers"),
-        ("tsdsr_core/weights/bundle.py", "from ..sd3 import models"),
-        ("tsdsr_core/images/files.py", "from ..sd3.models import load_folder"),
+        ("tsdsr_core/weights/lora.py", "from ..families import FAMILIES"),
+        ("tsdsr_core/images/files.py", "from ..families.load import load"),
         ("tsdsr_core/images/jobs.py", "from ..video.formats import is_video"),
         ("tsdsr_core/video/reading.py", "from ..pipeline import restore"),
         ("tsdsr_core/cli/upscale.py", "import av"),
         ("tsdsr_core/metrics/niqe.py", "import transformers"),
-        ("tsdsr_core/pipeline.py", "from .sd3 import models"),
+        ("tsdsr_core/pipeline.py", "from .families import load"),
         ("tsdsr_core/pipeline.py", "import comfy.sd"),
         ("tsdsr_core/pipeline.py", "from tsdsr_core.colour import wavelet"),
-        ("tsdsr_core/sd3/models.py", "from ..train.trainers import Trainer"),
+        ("tsdsr_core/families/load.py", "from ..train.trainers import Trainer"),
         ("tsdsr_core/train/loop.py", "from ..cli import main"),
-        ("nodes/upscale.py", "from ..tsdsr_core.sd3.models import load_builtin"),
-        ("nodes/upscale.py", "from ..tsdsr_core import load_builtin"),
+        ("nodes/upscale.py", "from ..tsdsr_core.families.sd3.fold import fold"),
+        ("nodes/upscale.py", "from ..tsdsr_core import load"),
         ("nodes/upscale.py", "from ..tsdsr_core.images.files import read_picture"),
         ("nodes/upscale.py", "from ..tsdsr_core.train.config import Config"),
         ("nodes/upscale.py", "import comfy.sd"),

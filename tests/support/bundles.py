@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tsdsr_core.cli import main
-from tsdsr_core.weights.bundle import METADATA_KEY, read_description
+from tsdsr_core.families.bundle import METADATA_KEY, read_description
 
 from .tiny import Published
 

@@ -16,9 +16,10 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from tsdsr_core import cli
 from tsdsr_core.cli import prepare
+from tsdsr_core.families.bundle import BUILTIN, Bundle, read_bundle, write_bundle
+from tsdsr_core.families.load import from_bundle
 from tsdsr_core.images.files import Picture, write_picture
 from tsdsr_core.pipeline import bicubic
-from tsdsr_core.sd3.models import model_from_bundle
 from tsdsr_core.system import atomic
 from tsdsr_core.train.data import dataset as data
 from tsdsr_core.train.data.dataset import Mixture, Pairs
@@ -26,7 +27,6 @@ from tsdsr_core.train.data.loader import loader
 from tsdsr_core.train.data.prepared import INDEX, NULL_FILE, PROMPT_FILE, SAMPLES
 from tsdsr_core.train.networks.roles import fingerprint
 from tsdsr_core.train.networks.text import read_captions
-from tsdsr_core.weights.bundle import BUILTIN, Bundle, read_bundle, write_bundle
 from tsdsr_core.weights.prompt import load_prompt
 
 from ..support.tiny import photo
@@ -96,7 +96,7 @@ def test_latents_are_the_modes_of_the_vae_for_crops_of_the_pictures(published, p
 
 def test_a_merged_bundle_serves_as_the_base(photos, tmp_path):
     run(photos, "-o", tmp_path / "out", "--base", BUILTIN, "--dtype", "fp32")
-    vae = model_from_bundle(read_bundle(BUILTIN), torch.device("cpu"), torch.float32).vae
+    vae = from_bundle(read_bundle(BUILTIN), torch.device("cpu"), torch.float32).vae
     for sample in samples(tmp_path / "out").values():
         expected = vae.encode(sample["high"][None] / 255 * 2 - 1).latent_dist.mode()[0]
         assert torch.allclose(sample["latent"], expected, atol=1e-5)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from tsdsr_core.colour import wavelet
+from tsdsr_core.families.bundle import BUILTIN, read_bundle, write_bundle
+from tsdsr_core.families.load import load
 from tsdsr_core.metrics.perceptual import Lpips, read_weights
-from tsdsr_core.sd3.models import load_builtin
 from tsdsr_core.train.config_file import from_dict
 from tsdsr_core.train.data import synthetic
 from tsdsr_core.train.data.batch import Batch
@@ -19,7 +20,6 @@ from tsdsr_core.train.networks.roles import STUDENT, TEACHER
 from tsdsr_core.train.objectives.flat import flat_error
 from tsdsr_core.train.objectives.grid import periodic_error
 from tsdsr_core.train.trainers import PretrainTrainer, restored_latent, sharpened
-from tsdsr_core.weights.bundle import BUILTIN, read_bundle, write_bundle
 
 from ..support.tiny import photo
 
@@ -62,7 +62,7 @@ def test_the_loss_falls(trainer):
 @pytest.mark.rounding
 def test_latents_shift_and_pictures_stay(monkeypatch):
     monkeypatch.setattr(preview, "IMAGES", 2)
-    model, pixels = load_builtin(CPU, torch.float32), photo(64, 64, 7)
+    model, pixels = load("builtin", device=CPU, dtype=torch.float32), photo(64, 64, 7)
     vae, transformer, factor = model.vae, model.transformer, float(model.vae.config["scaling_factor"])
     with torch.no_grad():
         vae.quant_conv.weight[:16] *= 1.5
@@ -92,7 +92,7 @@ def test_latents_shift_and_pictures_stay(monkeypatch):
 
 
 def test_deeper_is_the_same_until_it_is_trained():
-    plain, pixels = load_builtin(CPU, torch.float32).vae, photo(64, 64, 7)
+    plain, pixels = load("builtin", device=CPU, dtype=torch.float32).vae, photo(64, 64, 7)
     own = plain.config["layers_per_block"]
     deeper = small_model.deepened(plain, own + 2)
     assert len(deeper.decoder.up_blocks[0].resnets) == own + 3
@@ -292,7 +292,7 @@ def test_the_idle_attention_stays_idle(trainer):
 
 
 def test_the_idle_attention_costs_nothing_and_changes_nothing():
-    pixels, plain = photo(64, 64, 7), load_builtin(CPU, torch.float32).vae
+    pixels, plain = photo(64, 64, 7), load("builtin", device=CPU, dtype=torch.float32).vae
     for stage in ("pretrain", "teacher", "student"):
         vae = build_networks(
             replace(CONFIG, stage=stage, objective=replace(CONFIG.objective, name="supervised")), Sources(BUILTIN), CPU

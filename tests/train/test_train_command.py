@@ -16,16 +16,18 @@ from PIL import Image
 
 from tsdsr_core.cli import main
 from tsdsr_core.colour import match_colour
+from tsdsr_core.families.bundle import read_bundle
+from tsdsr_core.families.load import published_shapes
+from tsdsr_core.families.sd3 import SD3
+from tsdsr_core.families.sd3.config import TRANSFORMER_TARGETS, VAE_TARGETS
 from tsdsr_core.images.files import Picture, read_picture, write_picture
 from tsdsr_core.metrics.spectrum import grid_peaks, sharpness
 from tsdsr_core.pipeline import bicubic
-from tsdsr_core.sd3.config import TRANSFORMER_TARGETS, VAE_TARGETS, model_shapes
 from tsdsr_core.train.checkpoint import read_checkpoint
 from tsdsr_core.train.config_file import read_config
 from tsdsr_core.train.export import adapter_files
 from tsdsr_core.train.networks.build import Sources, build_networks
 from tsdsr_core.train.trainers import StudentTrainer
-from tsdsr_core.weights.bundle import read_bundle
 from tsdsr_core.weights.lora import load_lora
 
 from ..support.tiny import Published, photo
@@ -409,7 +411,7 @@ def test_a_dry_run_counts_sd3_medium(capsys):
         return {line[:30].strip(): float(line[30:].split()[0]) for line in lines}
 
     found = counted()
-    shapes = [shape for part in ("transformer", "vae") for shape in published_shapes(part)]
+    shapes = [shape for part in ("transformer", "vae") for shape in adapted_shapes(part)]
     expected = sum(4 * (shape[0] + math.prod(shape[1:])) for shape in shapes)
     assert found["trained parameters"] == pytest.approx(expected / 1e6, abs=0.06)
     assert found["weights"] == pytest.approx((2028 * 2 + 84 * 4) / 1000, rel=0.02)
@@ -418,9 +420,9 @@ def test_a_dry_run_counts_sd3_medium(capsys):
     assert train(CONFIGS / "smoke.toml", "--dry-run") == 2
 
 
-def published_shapes(part: str) -> list[tuple[int, ...]]:
+def adapted_shapes(part: str) -> list[tuple[int, ...]]:
     """Shapes of the weights that the published LoRAs change."""
-    shapes = model_shapes(part)
+    shapes = published_shapes(SD3, part)
     if part == "vae":
         return [shape for name, shape in shapes.items() if re.fullmatch(VAE_TARGETS, name)]
     return [shape for name, shape in shapes.items() if name.endswith(tuple(TRANSFORMER_TARGETS))]

@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel
 
-from tsdsr_core.sd3.models import merged_bundle
+from tsdsr_core.families.bundle import BUILTIN, read_bundle, write_bundle
+from tsdsr_core.families.load import merged_bundle
 from tsdsr_core.train.checkpoint import read_checkpoint
 from tsdsr_core.train.config import Config
 from tsdsr_core.train.config_file import from_dict
@@ -20,7 +21,6 @@ from tsdsr_core.train.networks import small_model
 from tsdsr_core.train.networks.build import Sources, build_networks
 from tsdsr_core.train.networks.roles import FAKE, STUDENT, TEACHER
 from tsdsr_core.train.trainers import PretrainTrainer, StudentTrainer, TeacherTrainer
-from tsdsr_core.weights.bundle import BUILTIN, read_bundle, write_bundle
 from tsdsr_core.weights.prompt import PromptEmbeds, load_prompt, save_prompt
 
 from ..support.tiny import photo

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from tsdsr_core.sd3.config import VAE_CONFIG
+from tsdsr_core.families.sd3.config import VAE_CONFIG
 from tsdsr_core.vae import feature_map, norms
 from tsdsr_core.vae.execute import plan_and_run
 from tsdsr_core.vae.passes import NVIDIA

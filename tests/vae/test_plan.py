@@ -4,7 +4,7 @@ from diffusers import AutoencoderKL
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tsdsr_core.sd3.config import VAE_CONFIG
+from tsdsr_core.families.sd3.config import VAE_CONFIG
 from tsdsr_core.vae.passes import KEY_TILE, NVIDIA, Kernels, PassSpec, pass_bytes
 from tsdsr_core.vae.plan import MIN_TILE, PLACES, Region, input_region, plan_places, plan_tiles
 from tsdsr_core.vae.program import decoder_program, encoder_program

@@ -3,7 +3,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from tsdsr_core.sd3.config import VAE_CONFIG
+from tsdsr_core.families.sd3.config import VAE_CONFIG
 from tsdsr_core.vae.program import Attention, KeyValue, decoder_program, encoder_program
 from tsdsr_core.weights.vae_keys import weights_to_original
 

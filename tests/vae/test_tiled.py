@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tsdsr_core.sd3.config import VAE_CONFIG
-from tsdsr_core.sd3.models import load_builtin
+from tsdsr_core.families.load import load
+from tsdsr_core.families.sd3.config import VAE_CONFIG
 from tsdsr_core.train.dry_run import LiveBytes
 from tsdsr_core.vae import execute, feature_map
 from tsdsr_core.vae import plan as plan_module
@@ -76,7 +76,7 @@ def untiled(vae: AutoencoderKL, x: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def builtin():
     """Its first level has no blocks, so that the largest maps are read by one pass alone."""
-    return load_builtin(CPU, torch.float32).vae
+    return load("builtin", device=CPU, dtype=torch.float32).vae
 
 
 @pytest.mark.rounding

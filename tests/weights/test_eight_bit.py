@@ -8,11 +8,11 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
 from tsdsr_core.cli import main
+from tsdsr_core.families.bundle import read_bundle, read_description, write_bundle
+from tsdsr_core.families.load import from_bundle
+from tsdsr_core.families.sd3.config import TRANSFORMER_CONFIG
+from tsdsr_core.families.sd3.fold import FoldedEmbedding, fold_structure
 from tsdsr_core.pipeline import Options, restore
-from tsdsr_core.sd3.config import TRANSFORMER_CONFIG
-from tsdsr_core.sd3.fold import FoldedEmbedding, fold_structure
-from tsdsr_core.sd3.models import model_from_bundle
-from tsdsr_core.weights.bundle import read_bundle, read_description, write_bundle
 from tsdsr_core.weights.float8 import SCALE, STORED, dequantise, is_matrix, quantise
 
 from ..support.bundles import merged_bundles, rewrite
@@ -127,7 +127,7 @@ def test_a_bundle_is_read_as_it_was_written(bundles, tmp_path):
 def test_the_result_is_that_of_weights_dequantised_by_hand(name, dtype, bundles):
     low, options = photo(30, 20), Options(process_size=0)
     raw = load_file(bundles[f"{name} eight-bit"])
-    by_hand = model_from_bundle(read_bundle(bundles[name]), CPU, dtype)
+    by_hand = from_bundle(read_bundle(bundles[name]), CPU, dtype)
     changed = 0
     for key, parameter in by_hand.transformer.named_parameters():
         scale = raw.get(f"transformer.{key}_scale")
@@ -135,14 +135,14 @@ def test_the_result_is_that_of_weights_dequantised_by_hand(name, dtype, bundles)
             parameter.copy_(raw[f"transformer.{key}"].float() * scale)
             changed += 1
     assert changed == sum(map(is_matrix, read_bundle(bundles[name]).transformer))
-    model = model_from_bundle(read_bundle(bundles[f"{name} eight-bit"]), CPU, dtype)
+    model = from_bundle(read_bundle(bundles[f"{name} eight-bit"]), CPU, dtype)
     assert {parameter.dtype for parameter in model.transformer.parameters()} == {dtype}
-    assert torch.equal(restore(low, model.restorer(), options), restore(low, by_hand.restorer(), options))
+    assert torch.equal(restore(low, model.model(), options), restore(low, by_hand.model(), options))
 
 
 def test_the_result_stays_close(bundles):
     low, options = photo(30, 20), Options(process_size=0)
-    results = {name: restore(low, model_from_bundle(read_bundle(path), CPU, torch.float32).restorer(), options)
+    results = {name: restore(low, from_bundle(read_bundle(path), CPU, torch.float32).model(), options)
                for name, path in bundles.items()}  # fmt: skip
     difference = results["whole eight-bit"] - results["whole"]
     assert 0 < difference.abs().max() < 0.1, "random weights, whose rounding errors do not average out"
@@ -158,7 +158,7 @@ def test_a_bundle_becomes_8_bit_later(bundles, tmp_path):
     arguments = ["bundle", "--merge", "--fold", "--eight-bit", "-o", tmp_path / "b.safetensors", "--model"]
     assert main([str(argument) for argument in [*arguments, bundles["whole eight-bit"]]]) == 0
     first, later = (read_bundle(path) for path in (bundles["whole eight-bit"], tmp_path / "b.safetensors"))
-    assert isinstance(model_from_bundle(later, CPU, torch.float32).transformer.time_text_embed, FoldedEmbedding)
+    assert isinstance(from_bundle(later, CPU, torch.float32).transformer.time_text_embed, FoldedEmbedding)
     weights = [dequantise(bundle.transformer, torch.float32) for bundle in (first, later)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1] if is_matrix(key))
 

@@ -9,11 +9,11 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
 from tsdsr_core.cli import main
+from tsdsr_core.families.bundle import read_bundle, read_description, write_bundle
+from tsdsr_core.families.load import from_bundle
+from tsdsr_core.families.sd3.config import TRANSFORMER_CONFIG
+from tsdsr_core.families.sd3.fold import fold_structure
 from tsdsr_core.pipeline import Options, restore
-from tsdsr_core.sd3.config import TRANSFORMER_CONFIG
-from tsdsr_core.sd3.fold import fold_structure
-from tsdsr_core.sd3.models import model_from_bundle
-from tsdsr_core.weights.bundle import read_bundle, read_description, write_bundle
 from tsdsr_core.weights.float8 import SCALE, is_matrix
 from tsdsr_core.weights.int8 import STORED, dequantise, group, quantise, rotate
 
@@ -182,7 +182,7 @@ def test_the_result_is_that_of_weights_dequantised_by_hand(name, dtype, bundles)
     """With the rotation as a matrix, built of Kronecker products here."""
     low, options = photo(30, 20), Options(process_size=0)
     raw = load_file(bundles[f"{name} int8"])
-    by_hand = model_from_bundle(read_bundle(bundles[name]), CPU, dtype)
+    by_hand = from_bundle(read_bundle(bundles[name]), CPU, dtype)
     four = (torch.ones(4, 4) - 2 * torch.eye(4).flip(1)) / 2
     sixteen, sixtyfour = torch.kron(four, four), torch.kron(four, torch.kron(four, four))
     rotations = {32: torch.block_diag(sixteen, sixteen), 128: torch.block_diag(sixtyfour, sixtyfour)}
@@ -194,9 +194,9 @@ def test_the_result_is_that_of_weights_dequantised_by_hand(name, dtype, bundles)
             parameter.copy_(rows @ rotations[rows.shape[1]].T)
             changed += 1
     assert changed == sum(map(is_matrix, read_bundle(bundles[name]).transformer))
-    model = model_from_bundle(read_bundle(bundles[f"{name} int8"]), CPU, dtype)
+    model = from_bundle(read_bundle(bundles[f"{name} int8"]), CPU, dtype)
     assert {parameter.dtype for parameter in model.transformer.parameters()} == {dtype}
-    found, expected = (restore(low, each.restorer(), options) for each in (model, by_hand))
+    found, expected = (restore(low, each.model(), options) for each in (model, by_hand))
     limit = 1e-5 if dtype == torch.float32 else 0.02  # a sum in another order may round to the next number of 16 bits
     assert (found - expected).abs().max() < limit
 
@@ -205,7 +205,7 @@ def test_the_result_stays_closer_than_in_float8(bundles, published, tmp_path):
     low, options = photo(30, 20), Options(process_size=0)
     arguments = ["bundle", "--merge", "--eight-bit", "--model", bundles["whole"], "-o", tmp_path / "8.safetensors"]
     assert main([str(argument) for argument in arguments]) == 0
-    results = {name: restore(low, model_from_bundle(read_bundle(path), CPU, torch.float32).restorer(), options)
+    results = {name: restore(low, from_bundle(read_bundle(path), CPU, torch.float32).model(), options)
                for name, path in {**bundles, "float8": tmp_path / "8.safetensors"}.items()}  # fmt: skip
     difference, float8 = (results[name] - results["whole"] for name in ("whole int8", "float8"))
     assert 0 < difference.square().mean().sqrt() < 0.005

@@ -7,7 +7,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from tsdsr_core.sd3 import config as sd3_config
+from tsdsr_core.families.load import published_shapes
+from tsdsr_core.families.sd3 import SD3
+from tsdsr_core.families.sd3 import config as sd3_config
 from tsdsr_core.weights.lora import check_fit, load_lora, merge_lora, misfits, parse_lora, weight_shapes
 
 from ..support import tiny
@@ -30,7 +32,7 @@ def test_every_published_module_lands_in_the_full_size_model(part, modules):
     lora = parse_lora(full_size_lora(part))
     assert lora.target == part
     assert len(lora.pairs) == modules
-    assert misfits(lora, sd3_config.model_shapes(part)) == []
+    assert misfits(lora, published_shapes(SD3, part)) == []
     assert {pair.rank for pair in lora.pairs.values()} == {64}
 
 
@@ -115,7 +117,7 @@ def test_leftovers_are_listed_and_change_nothing(published: Published):
 def test_a_lora_of_another_base_does_not_fit(published: Published):
     lora = load_lora(published.loras / "transformer.safetensors")
     with pytest.raises(ValueError, match="another base model"):
-        check_fit(lora, sd3_config.model_shapes("transformer"))
+        check_fit(lora, published_shapes(SD3, "transformer"))
 
 
 def test_swapped_files_are_named(published: Published):

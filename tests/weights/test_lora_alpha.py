@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tsdsr_core.cli import main
-from tsdsr_core.weights.bundle import find_lora
+from tsdsr_core.families.bundle import find_lora
 from tsdsr_core.weights.lora import load_lora, merge_lora, parse_lora
 
 from ..support.tiny import RANK, TRANSFORMER_TARGETS, VAE_TARGETS, Published, randomised_lora

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tsdsr_core.cli import main
 from tsdsr_core.errors import InputError
-from tsdsr_core.weights.bundle import BUILTIN, read_bundle
+from tsdsr_core.families.bundle import BUILTIN, read_bundle
 from tsdsr_core.weights.prompt import PromptEmbeds
 
 

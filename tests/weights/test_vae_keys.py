@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from tsdsr_core.sd3.config import VAE_CONFIG
+from tsdsr_core.families.sd3.config import VAE_CONFIG
 from tsdsr_core.weights.vae_keys import to_diffusers, to_original, weights_to_diffusers, weights_to_original
 
 

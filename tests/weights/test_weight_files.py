@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tsdsr_core.cli import main
+from tsdsr_core.families.bundle import read_bundle
 from tsdsr_core.images.files import Picture, write_picture
 from tsdsr_core.train.checkpoint import read_checkpoint
-from tsdsr_core.weights.bundle import read_bundle
 from tsdsr_core.weights.lora import load_lora
 from tsdsr_core.weights.prompt import load_prompt
 from tsdsr_core.weights.reading import is_finite, load_pickle, open_tensors

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import InputError
+from ..families.folder import folder_family
+from ..families.load import load
 from ..system.atomic import no_file
 from ..system.device import DEVICES, DTYPES, held_memory
 from ..system.imports import hidden, without_compiler
-from ..weights.bundle import BUILTIN, is_bundle, read_bundle
-from ..weights.lora import TRANSFORMER_FILE, VAE_FILE, Lora, load_lora
-from ..weights.prompt import TOKENS_FILE, PromptEmbeds, load_prompt
+from ..weights.lora import TRANSFORMER_FILE, VAE_FILE
 
 if TYPE_CHECKING:
-    from ..sd3.models import DiffusersModel
+    from ..families.restorer import Restorer
 
 _UNUSED = ("accelerate", "peft", "scipy", "transformers", "torch.distributed.fsdp")
 """What diffusers takes if it is there, and no bundle needs: seconds of each start."""
@@ -34,19 +34,22 @@ def add_source_arguments(parser: argparse.ArgumentParser, default_model: str | N
         default=default_model,
         required=default_model is None,
         metavar="builtin|BUNDLE|FOLDER",
-        help="the built-in model, a bundle (.safetensors) or an SD3 folder in diffusers' layout",
+        help="the built-in model, a bundle (.safetensors) or a model folder in diffusers' layout",
     )
     parser.add_argument(
         "--lora-dir",
         type=Path,
         metavar="DIR",
-        help=f"with an SD3 folder: folder with {TRANSFORMER_FILE} and {VAE_FILE}, or a LoRA bundle",
+        help=f"with a model folder: folder with {TRANSFORMER_FILE} and {VAE_FILE}, or a LoRA bundle",
     )
     parser.add_argument(
         "--embedding-dir",
         type=Path,
         metavar="DIR",
-        help="with an SD3 folder: folder with prompt_embeds.pt and pool_embeds.pt, or a single file",
+        help="with a model folder: folder with prompt_embeds.pt and pool_embeds.pt, or a single file",
+    )
+    parser.add_argument(
+        "--vae", type=Path, metavar="DIR", help="with a model folder: folder of another autoencoder of the same family"
     )
     parser.add_argument("--lora-strength", type=float, default=1.0, help="strength of the transformer's LoRA")
     parser.add_argument("--vae-lora-strength", type=float, default=1.0, help="strength of the VAE encoder's LoRA")
@@ -87,7 +90,7 @@ def memory_limit(options: argparse.Namespace, device: torch.device) -> int | Non
     return int(options.memory * 1e9)
 
 
-def limit_memory(model: DiffusersModel, limit: int | None, beside: int = 0) -> None:
+def limit_memory(model: Restorer, limit: int | None, beside: int = 0) -> None:
     """Limit ``model`` to ``limit`` bytes of its device.
 
     Args:
@@ -106,32 +109,29 @@ def limit_memory(model: DiffusersModel, limit: int | None, beside: int = 0) -> N
     model.memory_limit = limit + beside
 
 
-def load_model(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> DiffusersModel:
+def load_model(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Restorer:
     """Load the model that the options name.
 
     Raises:
         InputError: if it is missing, damaged or does not fit, with the option to change.
     """
-    path = Path(options.model)
     check_strengths(options)
+    path = Path(options.model)
     if options.model == "builtin" or path.is_file():
-        if options.lora_dir or options.embedding_dir or has_strengths(options):
+        if options.lora_dir or options.embedding_dir or options.vae or has_strengths(options):
             raise InputError(
-                f"--lora-dir, --embedding-dir and LoRA strengths need an SD3 folder as --model, not {options.model}"
+                f"--lora-dir, --embedding-dir, --vae and LoRA strengths need a model folder as --model, not {options.model}"
             )
-        bundle = read_bundle(BUILTIN if options.model == "builtin" else path, "merged")
         with _quickly(options):
-            from ..sd3.models import model_from_bundle
-
-            return model_from_bundle(bundle, device, dtype)
+            return load(options.model, device=device, dtype=dtype)
     if not path.is_dir():
-        raise InputError(f"--model {options.model} {no_file(path)}: expected builtin, a bundle file or an SD3 folder")
-    if options.lora_dir is None:
-        raise InputError("--model with an SD3 folder needs --lora-dir: the base model alone cannot restore images")
-    loras, prompt = load_loras_and_prompt(options.lora_dir, options.embedding_dir)
-    from ..sd3.models import load_folder  # here, since it takes seconds
-
-    return load_folder(path, loras, prompt, device, dtype, options.lora_strength, options.vae_lora_strength)
+        raise InputError(f"--model {options.model} {no_file(path)}: expected builtin, a bundle file or a model folder")
+    if options.lora_dir is None and not folder_family(path).base_restores:
+        raise InputError(f"--model {options.model} needs --lora-dir: the base model alone cannot restore images")
+    return load(
+        path, device=device, dtype=dtype, loras=options.lora_dir, prompt=options.embedding_dir, vae=options.vae,
+        lora_strength=options.lora_strength, vae_lora_strength=options.vae_lora_strength,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -155,30 +155,3 @@ def check_strengths(options: argparse.Namespace) -> None:
 def has_strengths(options: argparse.Namespace) -> bool:
     """Whether a LoRA strength other than 1 is given."""
     return options.lora_strength != 1 or options.vae_lora_strength != 1
-
-
-def load_loras_and_prompt(lora_dir: Path, embedding_dir: Path | None) -> tuple[tuple[Lora, Lora], PromptEmbeds]:
-    """Load the two LoRAs and the embeddings from the official folders, or from a LoRA bundle.
-
-    Args:
-        lora_dir: folder of the LoRAs, or a LoRA bundle.
-        embedding_dir: folder or file of the embeddings; None if ``lora_dir`` has them.
-
-    Raises:
-        InputError: as ``load_model``.
-    """
-    if lora_dir.is_file():
-        if not is_bundle(lora_dir):
-            raise InputError(
-                f"--lora-dir {lora_dir}: expected a folder with {TRANSFORMER_FILE} and {VAE_FILE}, or a LoRA bundle"
-            )
-        bundle = read_bundle(lora_dir, "lora")
-        return bundle.loras(), bundle.prompt if embedding_dir is None else load_prompt(embedding_dir)
-    if not lora_dir.is_dir():
-        raise InputError(f"--lora-dir {lora_dir} {no_file(lora_dir)}")
-    if embedding_dir is None:
-        if not (lora_dir / TOKENS_FILE).is_file():
-            raise InputError(f"--embedding-dir is needed: {lora_dir} has no {TOKENS_FILE}")
-        embedding_dir = lora_dir
-    loras = load_lora(lora_dir / TRANSFORMER_FILE, "transformer"), load_lora(lora_dir / VAE_FILE, "vae")
-    return loras, load_prompt(embedding_dir)

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
+from ..families.bundle import Bundle, write_bundle
+from ..families.load import load_loras_and_prompt, merged_bundle
 from ..images.jobs import check_existing
-from ..sd3.fold import FoldedEmbedding, fold
-from ..sd3.models import merged_bundle
 from ..system.atomic import check_target
 from ..system.device import DTYPES
-from ..weights.bundle import Bundle, write_bundle
-from .arguments import add_source_arguments, has_strengths, load_loras_and_prompt, load_model
+from .arguments import add_source_arguments, has_strengths, load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,14 +57,17 @@ def run(options: argparse.Namespace) -> int:
 
 def _merged(options: argparse.Namespace, dtype: torch.dtype, notes: dict[str, str]) -> Bundle:
     if not options.model:
-        raise InputError("--merge needs --model: the SD3 folder to merge the LoRAs into")
+        raise InputError("--merge needs --model: the model folder to merge the LoRAs into")
     if not Path(options.model).is_dir() and not (options.fold or options.quantised):
-        raise InputError(f"--model {options.model}: expected an SD3 folder; the built-in model and bundles are merged already")
+        raise InputError(f"--model {options.model}: expected a model folder; the built-in model and bundles are merged already")
     model = load_model(options, torch.device("cpu"), torch.float32)
     if options.fold:
-        if isinstance(model.transformer.time_text_embed, FoldedEmbedding):
+        family = model.family
+        if family.fold is None:
+            raise InputError(f"--fold: {family.title} has nothing to fold")
+        if family.is_folded(model.transformer):
             raise InputError(f"--model {options.model} is folded already")
-        fold(model.transformer, model.prompt.pooled)
+        family.fold(model.transformer, model.prompt.pooled)
     notes = {**model.notes, **notes}
     return merged_bundle(
         model.transformer, model.vae, model.prompt, dtype, model.defaults, notes, options.quantised, model.preview

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..sd3.config import POOLED_SHAPE, TOKENS_SHAPE, model_shapes
-from ..sd3.folder import check_folder, folder_shapes
-from ..sd3.models import model_from_bundle
+from ..families import FAMILIES, family_of
+from ..families.bundle import is_bundle, read_bundle
+from ..families.folder import check_folder, folder_configs, folder_family, folder_shapes
+from ..families.load import from_bundle, published_shapes
+from ..families.record import Family
 from ..system.atomic import one_line
 from ..weights import float8
-from ..weights.bundle import is_bundle, read_bundle
-from ..weights.lora import TRANSFORMER_FILE, VAE_FILE, Lora, check_fit, load_lora
+from ..weights.lora import TRANSFORMER_FILE, VAE_FILE, Lora, check_fit, load_lora, misfits
 from ..weights.prompt import POOLED_FILE, POOLED_KEY, TOKENS_FILE, TOKENS_KEY, PromptEmbeds, load_prompt
 from ..weights.reading import PICKLED, open_tensors
 
@@ -60,7 +61,7 @@ def describe(path: Path, model: Path | None) -> dict[str, Any]:
 
 
 def _folder(path: Path, model: Path | None) -> dict[str, Any]:
-    parts = [part for part in ("transformer", "vae") if (path / part / "config.json").is_file()]
+    parts = list(folder_configs(path))
     if parts:
         return _model_folder(path, parts)
     files = {"transformer": path / TRANSFORMER_FILE, "vae": path / VAE_FILE}
@@ -81,25 +82,27 @@ def _folder(path: Path, model: Path | None) -> dict[str, Any]:
 
 
 def _model_folder(path: Path, parts: list[str]) -> dict[str, Any]:
-    facts: dict[str, Any] = {"kind": "model folder in diffusers' layout", "parts": ", ".join(parts)}
+    family = folder_family(path)
+    facts: dict[str, Any] = {"kind": "model folder in diffusers' layout", "family": family.title, "parts": ", ".join(parts)}
     shapes = {part: folder_shapes(path, part) for part in parts}
     for part in parts:
         facts[part] = f"{len(shapes[part])} weight matrices"
     for part in parts:
         check_folder(path, part)
-    facts["fits"] = len(parts) == 2 and all(shapes[part] == model_shapes(part) for part in parts)
-    facts["checked"] = "the weight files are complete; shapes against SD3 medium"
+    facts["fits"] = len(parts) == 2 and all(shapes[part] == published_shapes(family, part) for part in parts)
+    facts["checked"] = f"the weight files are complete; shapes against {family.published}"
     return facts
 
 
 def _loras(loras: list[Lora], model: Path | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": "LoRA for the " + " and the ".join(lora.target for lora in loras)}
     facts["fits"] = True
-    facts["checked"] = f"against {model or 'SD3 medium'}"
+    family = folder_family(model) if model else _family_of_lora(loras)
+    facts["checked"] = f"against {model or family.published}"
     for lora in loras:
         ranks = sorted({pair.rank for pair in lora.pairs.values()})
         facts[lora.target] = f"{len(lora.pairs)} modules of rank {', '.join(map(str, ranks))}"
-        shapes = folder_shapes(model, lora.target) if model else model_shapes(lora.target)
+        shapes = folder_shapes(model, lora.target) if model else published_shapes(family, lora.target)
         try:
             check_fit(lora, shapes)
         except InputError as error:
@@ -108,15 +111,26 @@ def _loras(loras: list[Lora], model: Path | None) -> dict[str, Any]:
     return facts
 
 
+def _family_of_lora(loras: list[Lora]) -> Family:
+    """The first family whose published model the LoRAs fit, or else the first that has LoRAs."""
+    adapted = [family for family in FAMILIES if family.published]
+    for family in adapted:
+        if not any(misfits(lora, published_shapes(family, lora.target)) for lora in loras):
+            return family
+    return adapted[0]
+
+
 def _bundle(path: Path, model: Path | None) -> dict[str, Any]:
     bundle = read_bundle(path)
     stored = {**bundle.transformer, **bundle.vae}
     count = sum(tensor.numel() for key, tensor in stored.items() if not key.endswith(float8.SCALE))
     facts: dict[str, Any] = {"kind": f"{bundle.kind} bundle"}
+    if bundle.configs:
+        facts["family"] = family_of(bundle.configs).title
     if bundle.kind == "lora":
         facts |= {name: value for name, value in _loras(list(bundle.loras()), model).items() if name != "kind"}
     else:
-        model_from_bundle(bundle, torch.device("cpu"), torch.float32)  # raises if weights do not match the configuration
+        from_bundle(bundle, torch.device("cpu"), torch.float32)  # raises if weights do not match the configuration
         facts["fits"] = True
         facts["checked"] = "weights against the stored configuration"
         if bundle.eight_bit:
@@ -130,8 +144,10 @@ def _bundle(path: Path, model: Path | None) -> dict[str, Any]:
 
 def _prompt(prompt: PromptEmbeds) -> dict[str, Any]:
     tokens, pooled = tuple(prompt.tokens.shape), tuple(prompt.pooled.shape)
-    fits = tokens[2] == TOKENS_SHAPE[2] and pooled == POOLED_SHAPE
-    return {"kind": "prompt embeddings", "tokens": tokens, "pooled": pooled, "fits": fits, "checked": "against SD3 medium"}
+    adapted = [family for family in FAMILIES if family.published]
+    fitting = [f for f in adapted if f.prompt_widths(f.parts["transformer"].published) == (tokens[2], pooled[1])]
+    checked = f"against {(fitting or adapted)[0].published}"
+    return {"kind": "prompt embeddings", "tokens": tokens, "pooled": pooled, "fits": bool(fitting), "checked": checked}
 
 
 def _is_prompt(path: Path) -> bool:

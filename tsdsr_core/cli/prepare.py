@@ -23,7 +23,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..errors import InputError
-from ..sd3.models import load_vae
+from ..families.bundle import bundle_path
+from ..families.load import load_vae
 from ..system.atomic import check_target
 from ..system.device import DEVICES, DTYPES, choose_device
 from ..train.data.degradations import PRESET_NAMES, degrade
@@ -44,7 +45,6 @@ from ..train.data.prepared import (
 from ..train.data.randomness import generator_for
 from ..train.networks.roles import fingerprint
 from ..train.networks.text import TextEncoder, read_captions
-from ..weights.bundle import bundle_path
 from ..weights.prompt import save_prompt
 
 log = logging.getLogger(__name__)

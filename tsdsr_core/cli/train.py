@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..colour import WAVELET_LEVELS
 from ..errors import InputError
+from ..families.bundle import bundle_path
 from ..system.atomic import check_target
 from ..system.device import choose_device
 from ..train.checkpoint import FILE, Checkpoint, read_checkpoint
@@ -40,7 +41,6 @@ from ..train.networks.roles import Networks
 from ..train.objectives.perceptual import check_distance
 from ..train.trainers import PretrainTrainer, StudentTrainer, TeacherTrainer, Trainer
 from ..train.validation import Pair, load_pairs, references, validate
-from ..weights.bundle import bundle_path
 from ..weights.reading import parse_json
 from . import prepare
 from .help import HelpFormatter

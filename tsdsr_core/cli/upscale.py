@@ -46,7 +46,7 @@ from .arguments import add_device_arguments, add_memory_argument, add_source_arg
 from .progress import bar
 
 if TYPE_CHECKING:
-    from ..sd3.models import DiffusersModel
+    from ..families.restorer import Restorer
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _run_jobs(jobs: list[Job], device: torch.device, chosen: Options, options: a
     if options.compile:
         model.compile()
     chosen = replace(chosen, **model.defaults)
-    tiling_of(model.restorer(), chosen)  # settings that do not suit the model end here, not once per picture
+    tiling_of(model.model(), chosen)  # settings that do not suit the model end here, not once per picture
     outcomes = []
     count = sum(not job.skip for job in jobs)
     with logging_redirect_tqdm(), bar(count, "file", hidden=count < 2) as files:
@@ -214,7 +214,7 @@ def _run_jobs(jobs: list[Job], device: torch.device, chosen: Options, options: a
     return outcomes
 
 
-def _upscale_picture(job: Job, model: DiffusersModel, chosen: Options, options: argparse.Namespace) -> tuple[int, int]:
+def _upscale_picture(job: Job, model: Restorer, chosen: Options, options: argparse.Namespace) -> tuple[int, int]:
     """Restore one image file; returns (width, height) of the result."""
     picture = read_picture(job.input)
     size = target_size((picture.rgb.shape[2], picture.rgb.shape[3]), chosen.scale)
@@ -227,7 +227,7 @@ def _upscale_picture(job: Job, model: DiffusersModel, chosen: Options, options: 
 
         with torch.inference_mode():
             rgb = spread_colours(picture.rgb, picture.alpha)
-            rgb = restore(rgb, model.restorer(options.posterior, options.seed), chosen, progress)
+            rgb = restore(rgb, model.model(options.posterior, options.seed), chosen, progress)
     alpha = None if picture.alpha is None else enlarge_alpha(picture.alpha, size)
     write_picture(job.output, replace(picture, rgb=rgb, alpha=alpha))
     return size[1], size[0]
@@ -245,7 +245,7 @@ def _check_output(job: Job, has_alpha: bool, size: tuple[int, int]) -> None:
     check_target(job.output)
 
 
-def _upscale_video(job: Job, model: DiffusersModel, chosen: Options, options: argparse.Namespace) -> tuple[int, int]:
+def _upscale_video(job: Job, model: Restorer, chosen: Options, options: argparse.Namespace) -> tuple[int, int]:
     """Restore one video file frame by frame; returns (width, height) of the result."""
     from ..video.reading import read_clip  # here, since PyAV is an extra of its own
     from ..video.writing import even, write_clip
@@ -256,7 +256,7 @@ def _upscale_video(job: Job, model: DiffusersModel, chosen: Options, options: ar
 
     def restored(rgb: Tensor) -> Tensor:
         with torch.inference_mode():
-            return restore(rgb, model.restorer(options.posterior, options.seed), chosen)
+            return restore(rgb, model.model(options.posterior, options.seed), chosen)
 
     with bar(clip.frames, "frame", leave=False) as frames:
         write_clip(clip, job.output, size, restored, frames.update)

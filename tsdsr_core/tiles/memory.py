@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from ..system.memory import RanOut, is_out_of_memory
 from .plan import MIN_TILE, TILE
 
-_LIVE_MAPS = 24
-"""Token maps of the hidden width alive at once in one SD3 block (two streams, qkv, 4x feed-forward, residuals)."""
 _SAFETY = 1.5
 CPU_BATCH = 4
 """Tiles at once on a CPU: enough to fill the cores, no gain beyond."""
@@ -17,17 +15,6 @@ LARGEST_BATCH = 16
 """Beyond this many tiles a GPU gains nothing."""
 TILE_SIDES = (TILE, 48, 32, MIN_TILE)
 """Latent cells."""
-
-
-def tile_bytes(tile_height: int, tile_width: int, patch: int, context_tokens: int, width: int, itemsize: int) -> int:
-    """Activation bytes of one latent tile in the transformer.
-
-    Args:
-        tile_height, tile_width: in latent cells.
-        patch: patch size; context_tokens: prompt length; width: hidden width; itemsize: bytes of one value.
-    """
-    tokens = (tile_height // patch) * (tile_width // patch) + context_tokens
-    return tokens * width * itemsize * _LIVE_MAPS
 
 
 def tile_batch(free: int, one_tile: int) -> int:

@@ -28,8 +28,6 @@ STRETCH = 16
 """Cells by which an automatic tile may be longer than the published one."""
 MIN_TILE = 16
 """Minimum side of a tile in latent cells; smaller tiles have too little context."""
-_PROMPT_TOKENS = 333
-"""Tokens of the prompt, which each tile processes besides its own."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,8 @@ class Tiling:
     """Tiles that run at once; None for as many as fit into memory."""
     official: bool = False
     """Whether to use the published grid and window."""
+    context_tokens: int = 0
+    """Tokens that each tile costs besides its own, such as a prompt's."""
 
     def __post_init__(self) -> None:
         if self.tile < self.multiple or self.tile % self.multiple:
@@ -100,7 +100,7 @@ class Tiling:
 
 def choose_tiling(
     tile: int | None, overlap: int, multiple: int, longest_side: int | None, affordable: int = TILE, batch: int | None = None,
-    official: bool = False,
+    official: bool = False, context_tokens: int = 0,
 ) -> Tiling:  # fmt: skip
     """The tiling for a user's options, a model and the available memory.
 
@@ -113,6 +113,7 @@ def choose_tiling(
         affordable: side of a tile that fits into memory; ignored with ``official``.
         batch: tiles that run at once; None for as many as fit.
         official: whether to use the published grid and window.
+        context_tokens: tokens that each tile costs besides its own.
 
     Raises:
         InputError: for an impossible tile or overlap.
@@ -127,7 +128,15 @@ def choose_tiling(
             "would take far too many tiles"
         )
     automatic = tile is None and not official
-    chosen = Tiling(side, overlap, multiple, stretch=STRETCH if automatic else 0, batch=batch, official=official)
+    chosen = Tiling(
+        side,
+        overlap,
+        multiple,
+        stretch=STRETCH if automatic else 0,
+        batch=batch,
+        official=official,
+        context_tokens=context_tokens,
+    )
     chosen = chosen.within(longest_side)
     return chosen.with_tile(min(chosen.tile, affordable)) if automatic else chosen
 
@@ -159,7 +168,7 @@ def even_tiles(height: int, width: int, settings: Tiling) -> TilePlan:
 
     def cost(pair: tuple[tuple[int, int], tuple[int, int]]) -> int:
         (tile_height, rows), (tile_width, columns) = pair
-        return rows * columns * (tile_height * tile_width // settings.multiple**2 + _PROMPT_TOKENS)
+        return rows * columns * (tile_height * tile_width // settings.multiple**2 + settings.context_tokens)
 
     choices = itertools.product(_side_counts(height, settings), _side_counts(width, settings))
     (tile_height, _), (tile_width, _) = min(choices, key=cost)

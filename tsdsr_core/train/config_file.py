@@ -12,9 +12,9 @@ from reprlib import repr as _repr
 from typing import Any
 
 from ..errors import InputError
+from ..families.bundle_header import DEFAULTS
 from ..flow import SCHEDULE_STEPS
 from ..system.atomic import reason
-from ..weights.bundle_header import DEFAULTS
 from .config import CHOICES, Config, DataSettings
 from .data.degradations import PRESET_NAMES
 from .objectives.perceptual import STRIDE

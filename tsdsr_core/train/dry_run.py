@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import InputError
-from ..sd3.config import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, VAE_CONFIG
+from ..families.sd3.config import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, VAE_CONFIG
+from ..weights.prompt import Condition
 from .config import Config
 from .data.batch import Batch
 from .networks.build import add_adapters
-from .networks.roles import FAKE, STUDENT, TEACHER, Condition, Networks
+from .networks.roles import FAKE, STUDENT, TEACHER, Networks
 from .trainers import StudentTrainer, TeacherTrainer
 
 META = torch.device("meta")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..families.bundle import Bundle, write_bundle
+from ..families.load import merged_bundle
 from ..images.jobs import check_existing
-from ..sd3.models import merged_bundle
 from ..system.atomic import check_target, safetensors_writer, torch_writer, write_files
-from ..weights.bundle import Bundle, write_bundle
 from ..weights.lora import TRANSFORMER_FILE, VAE_FILE
 from ..weights.prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds
 from .checkpoint import Checkpoint, check_frozen

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..colour import wavelet, wavelet_low
 from ..flow import one_step, schedule
 from ..system.precision import check_finite
+from ..weights.prompt import Condition
 from .config import Config
 from .data.batch import Batch
 from .data.randomness import generator_for
-from .networks.roles import FAKE, STUDENT, TEACHER, Condition, Networks
+from .networks.roles import FAKE, STUDENT, TEACHER, Networks
 from .objectives import losses
 from .objectives.flat import flat_error
 from .objectives.grid import periodic_error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .convolution import convolve
 from .feature_map import FeatureMap, WeightsOf, Workspace
 from .passes import Kernels, Place
 from .plan import PLACES, Plan, plan_tiles
-from .program import Conv, KeyValue, Program, decoder_program, encoder_program
+from .program import Conv, KeyValue, Program
 from .tile_loop import Tick, TileLoop
 
 log = logging.getLogger("tsdsr")
@@ -71,13 +71,15 @@ def plan_and_run(
 
 
 def check_memory(
-    vae: nn.Module, height: int, width: int, factor: int, itemsizes: tuple[int, int], device: torch.device, free: int | None,
+    programs: Mapping[str, Callable[..., Program]], vae: nn.Module, height: int, width: int, factor: int,
+    itemsizes: tuple[int, int], device: torch.device, free: int | None,
     tile: int | None, ram: Callable[[int], int], kernels: Kernels | None = None, patched: bool = False,
     decodes: bool = True,
 ) -> None:  # fmt: skip
     """Raise ``MemoryError``, before any work, if ``plan_and_run`` would for one half of an autoencoder.
 
     Args:
+        programs: make the program of the "encoder" and of the "decoder" of ``vae``.
         height, width: in pixels.
         factor: pixels per latent cell.
         itemsizes: bytes of one value in the encoder and in the decoder.
@@ -86,10 +88,10 @@ def check_memory(
         decodes: whether the decoder will be used too.
     """
     kernels = kernels or kernels_of(device)
-    encoder = [op.spec for op in encoder_program(vae, patched)]
+    encoder = [op.spec for op in programs["encoder"](vae, patched)]
     plans = [plan_tiles(encoder, height, width, itemsizes[0], free, tile, kernels=kernels)]
     if decodes:
-        decoder = [op.spec for op in decoder_program(vae, patched)]
+        decoder = [op.spec for op in programs["decoder"](vae, patched)]
         plans.append(plan_tiles(decoder, height // factor, width // factor, itemsizes[1], free, tile, kernels=kernels))
     needed = max(ram_bytes(plan, device) for plan in plans)
     check_ram(needed, ram(needed))

@@ -18,6 +18,26 @@ TOKENS_KEY, POOLED_KEY = "prompt_embeds", "pooled_prompt_embeds"
 
 
 @dataclass(frozen=True)
+class Condition:
+    """Text conditioning of each sample of a batch."""
+
+    tokens: Tensor
+    """``(B, T, D)``."""
+    pooled: Tensor
+    """``(B, P)``."""
+
+    def expanded(self, count: int) -> Condition:
+        """Repeat a single prompt for ``count`` samples."""
+        return Condition(self.tokens.expand(count, -1, -1), self.pooled.expand(count, -1))
+
+    def where(self, given: Tensor, other: Condition) -> Condition:
+        """This condition for samples where ``given`` ``(B,)`` is true, ``other`` for the rest."""
+        return Condition(
+            torch.where(given[:, None, None], self.tokens, other.tokens), torch.where(given[:, None], self.pooled, other.pooled)
+        )
+
+
+@dataclass(frozen=True)
 class PromptEmbeds:
     """SD3's text conditioning."""
 
@@ -45,6 +65,10 @@ class PromptEmbeds:
             kind = str(dtype).removeprefix("torch.")
             raise InputError(f"the prompt embeddings have values beyond {kind}: choose another dtype, fp32 or bf16")
         return PromptEmbeds(tokens, pooled)
+
+    def condition(self, count: int = 1) -> Condition:
+        """The same for ``count`` samples, without copies."""
+        return Condition(self.tokens, self.pooled).expanded(count)
 
     def pruned(self, count: int) -> PromptEmbeds:
         """Keep at most ``count`` tokens, those that differ most: greedy k-centre selection (Gonzalez 1985) from the first one.

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tsdsr_core.sd3.fold import fold
-from tsdsr_core.sd3.models import load_builtin, merged_bundle
-from tsdsr_core.weights.bundle import BUILTIN as BUILTIN_FILE
-from tsdsr_core.weights.bundle import Bundle, read_bundle, write_bundle
+from tsdsr_core.families.bundle import BUILTIN as BUILTIN_FILE
+from tsdsr_core.families.bundle import Bundle, read_bundle, write_bundle
+from tsdsr_core.families.load import load, merged_bundle
+from tsdsr_core.families.sd3.fold import fold
 
 from ...comfyui.graphs import BUILTIN, CPU, TILES, builtin_graph, load_sd3
 from ...comfyui.host import Graph
@@ -164,7 +164,7 @@ def prompt_with_an_area_for_the_sampler(host, sd3, graph):
 
 
 def checkpoint_with_more_blocks_than_heads(host, sd3, graph):
-    model = load_builtin(CPU, torch.float32)
+    model = load("builtin", device=CPU, dtype=torch.float32)
     transformer = type(model.transformer)(**{**model.transformer.config, "num_layers": 3})
     path = host.base / "models" / "tsdsr" / "deep.safetensors"
     write_bundle(path, merged_bundle(transformer, model.vae, model.prompt, torch.float32, model.defaults, {}))
@@ -174,7 +174,7 @@ def checkpoint_with_more_blocks_than_heads(host, sd3, graph):
 
 def fold_builtin(host, graph):
     """The built-in model, folded, as a bundle; its loader."""
-    model = load_builtin(CPU, torch.float32)
+    model = load("builtin", device=CPU, dtype=torch.float32)
     fold(model.transformer, model.prompt.pooled)
     path = host.base / "models" / "tsdsr" / "folded.safetensors"
     write_bundle(path, merged_bundle(model.transformer, model.vae, model.prompt, torch.float32, model.defaults, {}))

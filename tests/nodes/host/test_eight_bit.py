@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from tsdsr_core.sd3.models import load_folder, model_from_bundle
-from tsdsr_core.weights.bundle import read_bundle
+from tsdsr_core.families.bundle import read_bundle
+from tsdsr_core.families.load import from_bundle, load
 from tsdsr_core.weights.float8 import is_matrix
 from tsdsr_core.weights.lora import load_lora, merge_lora
 from tsdsr_core.weights.prompt import load_prompt
 
 from ...comfyui.graphs import CPU, core_sd3, differs
 from ...comfyui.host import Graph
-from ...comfyui.quantised import core, load, upscale, write
+from ...comfyui.quantised import core, load_node, upscale, write
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["whole", "folded"])
@@ -27,7 +27,7 @@ def bundle(request, host, sd3):
 def test_it_gives_what_the_core_gives_in_8_bits_of_memory(bundle, host):
     path, _ = bundle
     graph = Graph()
-    loader = load(graph, path)
+    loader = load_node(graph, path)
     models = {
         "loaded": (loader, 0),
         "built again": (graph.add("TestRebuilt", model=(loader, 0), eight_bit=True), 0),
@@ -38,7 +38,7 @@ def test_it_gives_what_the_core_gives_in_8_bits_of_memory(bundle, host):
     result = host.run(graph)
     assert result.status == "success", result.error
     stored = read_bundle(path)
-    expected = core(host, model_from_bundle(stored, CPU, torch.float32))
+    expected = core(host, from_bundle(stored, CPU, torch.float32))
     for name, save in saves.items():
         assert differs(result.pictures(save)[0], expected) <= 1, name
 
@@ -52,10 +52,10 @@ def test_it_gives_what_the_core_gives_in_8_bits_of_memory(bundle, host):
 
 def test_a_lora_goes_onto_8_bit_weights(host, sd3):
     """The host rounds patched weights to 8 bits again; the core adds the LoRA to the dequantised ones."""
-    model = load_folder(sd3.folder, None, load_prompt(sd3.embeddings), CPU, torch.float32)
+    model = load(sd3.folder, loras=(), prompt=load_prompt(sd3.embeddings), device=CPU, dtype=torch.float32)
     path = write(host, model, "eight-bit-base", False, "float8")
     graph = Graph()
-    loader = load(graph, path)
+    loader = load_node(graph, path)
     lora = graph.add(
         "TSDSRLoadLora", model=(loader, 0), vae=(loader, 1), transformer_lora="tsdsr/transformer.safetensors",
         vae_lora="tsdsr/vae.safetensors", transformer_strength=1.0, vae_strength=0.0, vae_precision="fp32",
@@ -63,7 +63,7 @@ def test_a_lora_goes_onto_8_bit_weights(host, sd3):
     plain, patched = (upscale(graph, loader, (node, 0), "patched") for node in (loader, lora))
     result = host.run(graph)
     assert result.status == "success", result.error
-    model = model_from_bundle(read_bundle(path), CPU, torch.float32)
+    model = from_bundle(read_bundle(path), CPU, torch.float32)
     merge_lora(model.transformer, load_lora(sd3.loras / "transformer.safetensors"))
     exact = np.floor(core(host, model).permute(1, 2, 0).numpy() * 255)
     plain, patched = (result.pictures(save)[0].astype(int) for save in (plain, patched))
@@ -74,7 +74,7 @@ def test_a_lora_goes_onto_8_bit_weights(host, sd3):
 def test_saving_it_again_is_one_error(bundle, host):
     path, folded = bundle
     graph = Graph()
-    loader = load(graph, path)
+    loader = load_node(graph, path)
     graph.add(
         "TSDSRSaveCheckpoint", model=(loader, 0), vae=(loader, 1), conditioning=(loader, 2), filename_prefix="x", dtype="fp16"
     )

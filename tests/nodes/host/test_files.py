@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tsdsr_core.weights.bundle import read_bundle
+from tsdsr_core.families.bundle import read_bundle
 from tsdsr_core.weights.vae_keys import weights_to_diffusers
 
 from ...comfyui.graphs import BUILTIN, TILES, UPSCALE, core_sd3, load_sd3, stages

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from tsdsr_core.alpha import spread_colours
 from tsdsr_core.colour import match_colour
+from tsdsr_core.families.bundle import read_bundle, write_bundle
+from tsdsr_core.families.load import from_bundle, load, merged_bundle
+from tsdsr_core.families.sd3.fold import fold
 from tsdsr_core.images.files import read_picture
 from tsdsr_core.metrics.fidelity import psnr_y
 from tsdsr_core.pipeline import Options, bicubic, restore
-from tsdsr_core.sd3.fold import fold
-from tsdsr_core.sd3.models import load_builtin, merged_bundle, model_from_bundle
 from tsdsr_core.video.reading import read_clip
-from tsdsr_core.weights.bundle import read_bundle, write_bundle
 from tsdsr_core.weights.prompt import POOLED_KEY, TOKENS_KEY, load_prompt
 
 from ...comfyui import host as host_module
@@ -47,9 +47,9 @@ def test_the_built_in_model_gives_what_the_core_gives(host):
     graph, save = builtin_graph()
     result = host.run(graph)
     assert result.status == "success", result.error
-    model = load_builtin(CPU, torch.float32)
+    model = load("builtin", device=CPU, dtype=torch.float32)
     low = read_picture(host.base / "input" / "photo.png").rgb
-    expected = restore(low, model.restorer(), Options(scale=2.0, **model.defaults))
+    expected = restore(low, model.model(), Options(scale=2.0, **model.defaults))
     assert differs(result.pictures(save)[0], expected[0]) <= 1
 
 
@@ -88,7 +88,7 @@ def modular(host, sd3):
 def expected(host, sd3) -> torch.Tensor:
     low = read_picture(host.base / "input" / "photo.png").rgb
     options = Options(scale=1.0, process_size=0, tile=16, tile_overlap=4)
-    return restore(low, core_sd3(sd3).restorer(), options)[0]
+    return restore(low, core_sd3(sd3).model(), options)[0]
 
 
 @pytest.mark.parametrize("way", ["node", "sampler"])
@@ -109,9 +109,9 @@ def test_the_vae_changes_its_type_for_the_lora(host, sd3, expected):
 
 
 def test_a_saved_checkpoint_holds_the_merged_model(modular, expected, host):
-    model = model_from_bundle(read_bundle(modular[2]), CPU, torch.float32)
+    model = from_bundle(read_bundle(modular[2]), CPU, torch.float32)
     low = read_picture(host.base / "input" / "photo.png").rgb
-    found = restore(low, model.restorer(), Options(scale=1.0, process_size=0, tile=16, tile_overlap=4))[0]
+    found = restore(low, model.model(), Options(scale=1.0, process_size=0, tile=16, tile_overlap=4))[0]
     assert (found - expected).abs().max() < 1e-4
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tsdsr_core.sd3.models import load_folder, model_from_bundle
-from tsdsr_core.weights.bundle import read_bundle
+from tsdsr_core.families.bundle import read_bundle
+from tsdsr_core.families.load import from_bundle, load
 from tsdsr_core.weights.float8 import SCALE, is_matrix
 from tsdsr_core.weights.int8 import dequantise, group, quantise, rotate
 from tsdsr_core.weights.lora import load_lora, merge_lora
@@ -18,7 +18,7 @@ from tsdsr_core.weights.prompt import load_prompt
 from ...comfyui import host as host_module
 from ...comfyui.graphs import CPU, core_sd3, differs
 from ...comfyui.host import Graph
-from ...comfyui.quantised import core, load, upscale, write
+from ...comfyui.quantised import core, load_node, upscale, write
 
 KEY = "transformer_blocks.0.ff.net.2.weight"
 
@@ -47,7 +47,7 @@ def product(numbers, scale, bias, x):
 
 def in_int8(stored):
     """The core's model of an int8 bundle, with products in int8."""
-    model = model_from_bundle(stored, CPU, torch.float32)
+    model = from_bundle(stored, CPU, torch.float32)
     for name, module in model.transformer.named_modules():
         if is_matrix(key := f"{name}.weight"):
             module.forward = partial(product, stored.transformer[key], stored.transformer[key + SCALE], module.bias)
@@ -72,13 +72,13 @@ def test_it_is_converted_while_loading_where_products_in_int8_are_slow(bundle, h
     """On this host's CPU, and in any host before 0.27."""
     path, _ = bundle
     graph = Graph()
-    loader = load(graph, path)
+    loader = load_node(graph, path)
     save, told = upscale(graph, loader, (loader, 0), "int8"), graph.add("TestWeights", model=(loader, 0))
     cases = graph.add("TestMultipliesInt8", model=(loader, 0))
     v = graph.add("TestVelocity", model=(loader, 0), conditioning=(loader, 2))
     result = host.run(graph)
     assert result.status == "success", result.error
-    model = model_from_bundle(read_bundle(path), CPU, torch.float32)
+    model = from_bundle(read_bundle(path), CPU, torch.float32)
     assert differs(result.pictures(save)[0], core(host, model)) <= 1
     assert distance(told_velocity(result, v), velocity(model)) < 1e-4, "matrices in fp16, as the bundle is"
     assert "torch.int8" not in json.loads(result.outputs[told]["text"][0])
@@ -105,7 +105,7 @@ def test_products_in_int8_are_those_that_the_format_defines(bundle, host, knows_
         pytest.skip("this ComfyUI does not know int8 weights")
     path, _ = bundle
     graph = Graph()
-    loader = load(graph, path)
+    loader = load_node(graph, path)
     made = graph.add("TestInt8Products", model=(loader, 0))
     save, told = upscale(graph, loader, (made, 0), "int8"), graph.add("TestWeights", model=(made, 0))
     v = graph.add("TestVelocity", model=(made, 0), conditioning=(loader, 2))
@@ -114,7 +114,7 @@ def test_products_in_int8_are_those_that_the_format_defines(bundle, host, knows_
     stored = read_bundle(path)
     rounded = in_int8(stored)
     exact, expected, found = (
-        velocity(model_from_bundle(stored, CPU, torch.float32)),
+        velocity(from_bundle(stored, CPU, torch.float32)),
         velocity(rounded),
         told_velocity(result, v),
     )
@@ -160,10 +160,10 @@ def test_a_lora_goes_onto_int8_weights(in_int8, host, sd3, knows_int8):
     """Weights that stay in int8 are rounded again by the host; the core adds the LoRA to the dequantised ones."""
     if in_int8 and not knows_int8:
         pytest.skip("this ComfyUI does not know int8 weights")
-    model = load_folder(sd3.folder, None, load_prompt(sd3.embeddings), CPU, torch.float32)
+    model = load(sd3.folder, loras=(), prompt=load_prompt(sd3.embeddings), device=CPU, dtype=torch.float32)
     path = write(host, model, "int8-base", False, "int8")
     graph = Graph()
-    loader = load(graph, path)
+    loader = load_node(graph, path)
     base = (graph.add("TestInt8Products", model=(loader, 0)), 0) if in_int8 else (loader, 0)
     lora = graph.add(
         "TSDSRLoadLora", model=base, vae=(loader, 1), transformer_lora="tsdsr/transformer.safetensors",
@@ -175,7 +175,7 @@ def test_a_lora_goes_onto_int8_weights(in_int8, host, sd3, knows_int8):
     save = upscale(graph, loader, (lora, 0), "int8")
     result = host.run(graph)
     assert result.status == "success", result.error
-    model = model_from_bundle(read_bundle(path), CPU, torch.float32)
+    model = from_bundle(read_bundle(path), CPU, torch.float32)
     merge_lora(model.transformer, load_lora(sd3.loras / "transformer.safetensors"))
     effect, error = (distance(told_velocity(result, node), velocity(model)) for node in (plain, patched))
     assert error < (0.05 if in_int8 else 0.005) * effect, "the LoRA is there, once more rounded or not"
@@ -189,7 +189,7 @@ def test_saving_it_again(in_int8, host, sd3, knows_int8):
         pytest.skip("this ComfyUI does not know int8 weights")
     path = write(host, core_sd3(sd3), "int8-again", False, "int8")
     graph = Graph()
-    loader = load(graph, path)
+    loader = load_node(graph, path)
     base = (graph.add("TestInt8Products", model=(loader, 0)), 0) if in_int8 else (loader, 0)
     saved = graph.add(
         "TSDSRSaveCheckpoint", model=base, vae=(loader, 1), conditioning=(loader, 2), filename_prefix="int8-saved", dtype="fp32"

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from tsdsr_core.families.bundle import write_bundle
+from tsdsr_core.families.load import load, merged_bundle
 from tsdsr_core.images.files import Picture, write_picture
-from tsdsr_core.sd3.models import load_builtin, merged_bundle
-from tsdsr_core.weights.bundle import write_bundle
 
 from ...comfyui.graphs import BUILTIN, CPU, TILES, UPSCALE
 from ...comfyui.latent_cases import CASES, FAILING, FILES, HOST, OTHER_MODELS, SIZES, Bench, Link, on
@@ -32,7 +32,7 @@ def pictures(host) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def small(host, pictures) -> str:
     """A checkpoint of random weights: the built-in model with one block, and a quick VAE."""
-    model = load_builtin(CPU, torch.float32)
+    model = load("builtin", device=CPU, dtype=torch.float32)
     torch.manual_seed(0)
     one_block = {"num_layers": 1, "num_attention_heads": 1, "caption_projection_dim": 64}
     transformer = type(model.transformer)(**{**model.transformer.config, **one_block})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tsdsr_core.sd3.models import load_builtin
+from tsdsr_core.families.load import load
 from tsdsr_core.vae.plan import plan_tiles
 from tsdsr_core.vae.program import decoder_program, encoder_program
 
@@ -116,7 +116,7 @@ def refused_for_memory(host, side: int, megabytes: int, **given) -> None:
 
 def test_too_little_memory_for_decoding_is_said_before_any_work(host):
     """Enough to encode and for the step; what the host keeps is asked for before that is said."""
-    vae = load_builtin(torch.device("cpu"), torch.float32).vae
+    vae = load("builtin", device=torch.device("cpu"), dtype=torch.float32).vae
     encoder, decoder = (
         plan_tiles([op.spec for op in program(vae)], side, side, 4).device_bytes
         for program, side in ((encoder_program, 512), (decoder_program, 128))
@@ -132,7 +132,7 @@ def test_a_half_known_to_run_in_fp32_is_asked_for_in_fp32(host):
     result, said = logged(host, graph, "the VAE decoder overflowed in float16")
     assert result.status == "success", result.error
     assert said
-    vae = load_builtin(torch.device("cpu"), torch.float32).vae
+    vae = load("builtin", device=torch.device("cpu"), dtype=torch.float32).vae
     half, whole = (plan_tiles([op.spec for op in decoder_program(vae)], 256, 256, size).device_bytes for size in (2, 4))
     refused_for_memory(host, 512, (half + whole) // 2 // 10**6, checkpoint=name, vae_precision="fp16")
 

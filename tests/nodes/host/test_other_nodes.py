@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tsdsr_core.weights.bundle import read_bundle
+from tsdsr_core.families.bundle import read_bundle
 
 from ...comfyui.graphs import BUILTIN, TILES, load_sd3, stages
 from ...comfyui.host import Graph

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tsdsr_core.weights.bundle import BUILTIN as BUILTIN_FILE
-from tsdsr_core.weights.bundle import read_bundle, write_bundle
+from tsdsr_core.families.bundle import BUILTIN as BUILTIN_FILE
+from tsdsr_core.families.bundle import read_bundle, write_bundle
 
 from ...comfyui.graphs import BUILTIN, TILES, builtin_graph, load_sd3
 from ...comfyui.host import Graph

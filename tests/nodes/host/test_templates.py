@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tsdsr_core.weights.bundle import BUILTIN as BUILTIN_FILE
-from tsdsr_core.weights.bundle import read_bundle
+from tsdsr_core.families.bundle import BUILTIN as BUILTIN_FILE
+from tsdsr_core.families.bundle import read_bundle
 
 from ...comfyui.graphs import BUILTIN, load_sd3, stages
 from ...comfyui.host import Graph

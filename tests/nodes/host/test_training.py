@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tsdsr_core.cli import main
+from tsdsr_core.families.bundle import find_lora, read_bundle
+from tsdsr_core.families.load import from_bundle, load
 from tsdsr_core.images.files import read_picture
 from tsdsr_core.pipeline import Options, restore
-from tsdsr_core.sd3.models import load_folder, model_from_bundle
-from tsdsr_core.weights.bundle import find_lora, read_bundle
 from tsdsr_core.weights.prompt import load_prompt
 
 from ...comfyui import host as host_module
@@ -46,7 +46,7 @@ def upscaled(host, graph: Graph, **links: tuple) -> object:
 def in_core(host, model) -> torch.Tensor:
     low = read_picture(host.base / "input" / "photo.png").rgb
     options = Options(scale=1.0, process_size=0, wavelet_levels=5, tile=16, tile_overlap=4)
-    return restore(low, model.restorer(), options)[0]
+    return restore(low, model.model(), options)[0]
 
 
 def test_exported_loras_run_as_two_files_and_as_a_bundle(host, sd3, tmp_path):
@@ -57,9 +57,9 @@ def test_exported_loras_run_as_two_files_and_as_a_bundle(host, sd3, tmp_path):
     export(checkpoint, tmp_path / "pair")
     shutil.copytree(tmp_path / "pair", models / "loras" / "trained")
     loras = find_lora(bundle, "transformer"), find_lora(bundle, "vae")
-    model = load_folder(sd3.folder, loras, load_prompt(bundle), CPU, torch.float32)
+    model = load(sd3.folder, loras=loras, prompt=load_prompt(bundle), device=CPU, dtype=torch.float32)
     expected = in_core(host, model)
-    plain = in_core(host, load_folder(sd3.folder, None, load_prompt(bundle), CPU, torch.float32))
+    plain = in_core(host, load(sd3.folder, loras=(), prompt=load_prompt(bundle), device=CPU, dtype=torch.float32))
     assert (expected - plain).abs().max() > 8 / 255, "the LoRAs change something"
     for files in (["trained.safetensors"] * 2, ["trained/transformer.safetensors", "trained/vae.safetensors"]):
         graph = Graph()
@@ -77,4 +77,4 @@ def test_an_exported_small_model_runs_at_any_depth(layers, layers_per_block, hos
     graph = Graph()
     loader = graph.add("TSDSRLoadCheckpoint", checkpoint=path.name, vae_precision="auto")
     found = upscaled(host, graph, model=(loader, 0), vae=(loader, 1), conditioning=(loader, 2))
-    assert differs(found, in_core(host, model_from_bundle(read_bundle(path), CPU, torch.float32))) <= 1
+    assert differs(found, in_core(host, from_bundle(read_bundle(path), CPU, torch.float32))) <= 1

@@ -18,16 +18,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from ...families.bundle import read_bundle, write_bundle
+from ...families.load import from_bundle, load, merged_bundle
+from ...families.restorer import Restorer
+from ...families.sd3.config import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, TRANSFORMER_TARGETS, VAE_CONFIG, VAE_TARGETS
+from ...families.sd3.fold import fold
 from ...flow import TIMESTEP
 from ...pipeline import Model, Options, restore
-from ...sd3.config import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, TRANSFORMER_TARGETS, VAE_CONFIG, VAE_TARGETS
-from ...sd3.fold import fold
-from ...sd3.models import DiffusersModel, load_folder, merged_bundle, model_from_bundle
 from ...system.atomic import reason, torch_writer, write_files, write_tensors
 from ...system.device import release_memory
 from ...system.memory import fits_beside
 from ...system.peak import peak_memory
-from ...weights.bundle import read_bundle, write_bundle
 from ...weights.lora import TRANSFORMER_FILE, VAE_FILE, load_lora
 from ...weights.prompt import POOLED_FILE, TOKENS_FILE, PromptEmbeds, load_prompt
 
@@ -83,7 +84,7 @@ class Contender:
     weights: int
     """Bytes of the weights."""
     load_seconds: float
-    own: DiffusersModel | None = None
+    own: Restorer | None = None
     """The loaded model of our procedure, which can be compiled and limited in memory; None for the published one."""
 
 
@@ -114,7 +115,9 @@ def write_random_weights(folder: Path, size: Architecture, dtype: torch.dtype) -
         del model
     prompt = {TOKENS_FILE: torch.randn(size.tokens), POOLED_FILE: torch.randn(size.pooled)}
     write_files({folder / name: torch_writer(tensor) for name, tensor in prompt.items()})
-    model = load_folder(folder / "sd3", _loras(folder), load_prompt(folder), torch.device("cpu"), torch.float32)
+    model = load(
+        folder / "sd3", loras=_loras(folder), prompt=load_prompt(folder), device=torch.device("cpu"), dtype=torch.float32
+    )
     fold(model.transformer, model.prompt.pooled)
     write_bundle(folder / BUNDLE, merged_bundle(model.transformer, model.vae, model.prompt, dtype, {}, {}))
 
@@ -180,12 +183,12 @@ def _published_model(transformer: Any, vae: Any, prompt: PromptEmbeds, dtype: to
 def load_ours(folder: Path, device: torch.device, dtype: torch.dtype, prompt_tokens: int | None = None) -> Contender:
     """Load this project's procedure, from the merged and folded bundle."""
     start = time.perf_counter()
-    model: DiffusersModel = model_from_bundle(read_bundle(folder / BUNDLE), device, dtype)
+    model: Restorer = from_bundle(read_bundle(folder / BUNDLE), device, dtype)
     if prompt_tokens is not None:
         model.prompt = model.prompt.pruned(prompt_tokens)
     seconds = time.perf_counter() - start
     options = Options(scale=SCALE, process_size=0)
-    return Contender("ours", model.restorer(), options, _bytes(model.transformer) + _bytes(model.vae), seconds, model)
+    return Contender("ours", model.model(), options, _bytes(model.transformer) + _bytes(model.vae), seconds, model)
 
 
 def _bytes(model: nn.Module) -> int:

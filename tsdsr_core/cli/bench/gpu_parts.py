@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
+from ...families.restorer import Restorer
 from ...pipeline import restore
-from ...sd3.models import DiffusersModel
 from ...system.atomic import reason
 from ...system.device import free_memory, free_ram, held_memory, release_memory
 from ...system.memory import is_out_of_memory
@@ -142,9 +142,9 @@ def measured(work: Callable[[], Any], device: torch.device) -> tuple[float, int 
     return seconds, found
 
 
-def profiles(model: DiffusersModel, side: int, device: torch.device) -> dict[str, Row]:
+def profiles(model: Restorer, side: int, device: torch.device) -> dict[str, Row]:
     """Where the time of one tile of the step and of decoding a picture of ``side`` pixels goes: ``profiled`` for each."""
-    found = model.restorer()
+    found = model.model()
     cells = side // found.vae_factor
     channels = model.vae.config["latent_channels"]
     tile, latent = (torch.randn(1, channels, n, n, device=device) for n in (min(64, cells), cells))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..networks.roles import Condition
+from ...weights.prompt import Condition
 from ..objectives.losses import logit_normal
 from ..objectives.trajectory import Trajectory
 from .randomness import generator_for

@@ -14,15 +14,16 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from ...errors import InputError
-from ...sd3.config import TRANSFORMER_TARGETS, VAE_TARGETS
-from ...sd3.models import DiffusersModel, load_part, model_from_bundle
+from ...families.folder import load_part
+from ...families.load import load
+from ...families.restorer import Restorer
+from ...families.sd3.config import TRANSFORMER_TARGETS, VAE_TARGETS
 from ...vae.program import is_zero
-from ...weights.bundle import read_bundle
 from ...weights.lora import Lora, load_lora
-from ...weights.prompt import PromptEmbeds, load_prompt
+from ...weights.prompt import Condition, load_prompt
 from ..config import Config
 from . import small_model
-from .roles import FAKE, STUDENT, TEACHER, Condition, Networks, fingerprint, set_parameters
+from .roles import FAKE, STUDENT, TEACHER, Networks, fingerprint, set_parameters
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -60,7 +61,7 @@ def _separate(config: Config, sources: Sources, device: torch.device) -> Network
     """A small model, with separate weights for each role."""
     base = _small_base(config, sources, device)
     _skip_unused(base.vae)
-    prompt = _condition(base.prompt)
+    prompt = base.prompt.condition()
     null = Condition(torch.zeros_like(prompt.tokens), torch.zeros_like(prompt.pooled))
     if config.stage == "teacher":
         transformers = {TEACHER: base.transformer.requires_grad_(True)}
@@ -84,13 +85,13 @@ def _separate(config: Config, sources: Sources, device: torch.device) -> Network
     return Networks(transformers, base.vae, student_vae, prompt, null, adapters=False)
 
 
-def _small_base(config: Config, sources: Sources, device: torch.device) -> DiffusersModel:
+def _small_base(config: Config, sources: Sources, device: torch.device) -> Restorer:
     """The base model, or a new small model for stage pretrain."""
     if sources.base is None and config.stage != "pretrain":
         raise InputError(f"stage {config.stage!r} needs --base: the bundle of a small model, or builtin")
     if sources.base is None:
         transformer, vae, prompt = small_model.build(config.run.seed, config.model.layers, config.model.layers_per_block)
-        return DiffusersModel(transformer, vae, prompt, device, torch.float32)
+        return Restorer(transformer, vae, prompt, device, torch.float32)
     start = _small(sources.base, "--base", device)
     layers = start.transformer.config["num_layers"]
     if config.stage == "pretrain" and layers != config.model.layers:
@@ -103,16 +104,14 @@ def _small_base(config: Config, sources: Sources, device: torch.device) -> Diffu
     return start
 
 
-def _small(path: Path, option: str, device: torch.device) -> DiffusersModel:
+def _small(path: Path, option: str, device: torch.device) -> Restorer:
     """Load the small model of a model bundle."""
-    bundle = read_bundle(path, "merged")
-    if bundle.folded:
+    if not path.is_file():
+        raise InputError(f"{option} {path}: expected a model bundle, or builtin")
+    found = load(path, device=device, dtype=torch.float32)
+    if found.family.is_folded(found.transformer):
         raise InputError(f"{option} {path} is folded and works at one noise level only: use an unfolded bundle")
-    return model_from_bundle(bundle, device, torch.float32)
-
-
-def _condition(prompt: PromptEmbeds) -> Condition:
-    return Condition(prompt.tokens, prompt.pooled)
+    return found
 
 
 def _freeze_unused(vae: Any) -> None:
@@ -150,7 +149,7 @@ class _IdentityAttention:
         return hidden_states
 
 
-def _check_teacher(teacher: DiffusersModel, base: DiffusersModel, path: Path) -> None:
+def _check_teacher(teacher: Restorer, base: Restorer, path: Path) -> None:
     expected, found = (fingerprint(model.vae, torch.float16) for model in (base, teacher))  # export writes fp16
     if found != expected:
         raise InputError(f"--teacher {path} was trained with another autoencoder than that of --base: train it on this base")
@@ -177,7 +176,7 @@ def _adapted(config: Config, sources: Sources, device: torch.device) -> Networks
     for model in (transformer, vae):
         nn.Module.to(model, device)
     prompt, null = (
-        _condition(load_prompt(path).to(device, torch.float32))
+        load_prompt(path).to(device, torch.float32).condition()
         for path in (sources.embeddings, sources.null or sources.embeddings)
     )
     _check_widths(prompt, null, transformer)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,29 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
+from ...families import family_of
 from ...flow import TIMESTEP
+from ...weights.prompt import Condition
 
 STUDENT, TEACHER, FAKE = "student", "teacher", "fake"
-
-
-@dataclass(frozen=True)
-class Condition:
-    """Text conditioning of each sample of a batch."""
-
-    tokens: Tensor
-    """``(B, T, D)``."""
-    pooled: Tensor
-    """``(B, P)``."""
-
-    def expanded(self, count: int) -> Condition:
-        """Repeat a single prompt for ``count`` samples."""
-        return Condition(self.tokens.expand(count, -1, -1), self.pooled.expand(count, -1))
-
-    def where(self, given: Tensor, other: Condition) -> Condition:
-        """This condition for samples where ``given`` ``(B,)`` is true, ``other`` for the rest."""
-        return Condition(
-            torch.where(given[:, None, None], self.tokens, other.tokens), torch.where(given[:, None], self.pooled, other.pooled)
-        )
 
 
 class Networks:
@@ -62,7 +43,10 @@ class Networks:
         """
         self.transformers, self.vae, self.student_vae = dict(transformers), vae, student_vae
         self.prompt, self.null, self.adapters = prompt, null, adapters
-        self.scaling_factor = float(vae.config["scaling_factor"])
+        configs = {"transformer": next(iter(self.transformers.values())).config, "vae": vae.config}
+        self.family = family_of(configs)
+        self.geometry = self.family.geometry(configs)
+        self.scaling_factor = float(self.geometry.scaling_factor)
         self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
         """Mixed precision of the transformers. Losses stay in fp32, as does an autoencoder with an adapter."""
         self._active: dict[int, str | None] = {}
@@ -79,9 +63,7 @@ class Networks:
         Args:
             name: of what has this side, for the message.
         """
-        config = next(iter(self.transformers.values())).config
-        cells = config["pos_embed_max_size"] or config["sample_size"] // config["patch_size"]
-        longest = cells * config["patch_size"] * 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        longest = (self.geometry.longest_side or side) * self.geometry.vae_factor
         if side > longest:
             raise InputError(f"{name} = {side}: this model is trained and validated on at most {longest} pixels a side")
 
@@ -96,11 +78,8 @@ class Networks:
         transformer = self.transformers[role]
         dtype = transformer.dtype
         with self.autocast():
-            velocity = transformer(
-                hidden_states=z.to(dtype), timestep=sigma.float() * TIMESTEP,
-                encoder_hidden_states=condition.tokens.to(dtype), pooled_projections=condition.pooled.to(dtype),
-                return_dict=False,
-            )[0]  # fmt: skip
+            given = Condition(condition.tokens.to(dtype), condition.pooled.to(dtype))
+            velocity = self.family.velocity(transformer, z.to(dtype), sigma.float() * TIMESTEP, given)
         return velocity.to(z.dtype)
 
     def encode(self, pixels: Tensor, student: bool) -> Tensor:

@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
 from tsdsr_core.cli import main
+from tsdsr_core.families.folder import check_folder, find_weights, load_part
 from tsdsr_core.images.files import Picture, write_picture
-from tsdsr_core.sd3.folder import check_folder, find_weights, load_part
 
 from ..support.tiny import Published, photo
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX
 from torch import Tensor, nn
 
-from ..flow import TIMESTEP
+from ...flow import TIMESTEP
 
 
 class FoldedEmbedding(nn.Module):

@@ -1,6 +1,7 @@
 """Bundles: a restorer in one safetensors file, with LoRAs or merged weights, prompt embeddings and JSON metadata.
 
-The format has version 1, or 2 with a folded transformer, 3 with 8-bit weights, or 4 with int8 weights.  The metadata entry
+The format has version 1, or 2 with a folded transformer, 3 with 8-bit weights, 4 with int8 weights, or that of the
+family (``Family.bundle_version``) where it is higher.  The metadata entry
 ``tsdsr_bundle`` holds JSON: ``version``, ``kind``, ``defaults`` (recommended options), ``notes`` and, for merged weights,
 ``transformer_config`` and ``vae_config`` in diffusers' terms; optionally ``preview`` (colours of latent channels),
 ``folded``, and ``eight_bit`` or ``int8``.  Tensors: ``prompt_embeds``, ``pooled_prompt_embeds`` and, depending on the kind,
@@ -24,11 +25,12 @@ from torch import Tensor
 from ..checks import some
 from ..errors import InputError
 from ..system.atomic import write_tensors
-from . import float8, int8
+from ..weights import float8, int8
+from ..weights.lora import Lora, load_lora, parse_lora
+from ..weights.prompt import POOLED_KEY, TOKENS_KEY, PromptEmbeds
+from ..weights.reading import check_weights, is_finite, open_tensors
+from . import family_of
 from .bundle_header import FLAGS, METADATA_KEY, PARTS, WRONG_KIND, is_bundle, read_description
-from .lora import Lora, load_lora, parse_lora
-from .prompt import POOLED_KEY, TOKENS_KEY, PromptEmbeds
-from .reading import check_weights, is_finite, open_tensors
 
 BUILTIN = Path(__file__).parents[1] / "assets" / "builtin.safetensors"
 """The small model that ships with the package."""
@@ -55,7 +57,7 @@ class Bundle:
     """Linear map from latents to preview colours: red, green and blue in -1..1 for each unscaled latent channel, and the bias;
     empty for SD3's VAE."""
     folded: bool = False
-    """Whether the transformer is folded (``sd3.fold``), so that it works with this prompt only."""
+    """Whether the transformer is folded (``Family.fold``), so that it works with this prompt only."""
     eight_bit: bool = False
     """Whether the transformer's matrices are stored in 8 bits (``float8.quantise``)."""
     int8: bool = False
@@ -121,8 +123,9 @@ def write_bundle(path: Path, bundle: Bundle) -> None:
         InputError: for infinite and NaN values, which a smaller type may have made of larger ones.
         OSError: if it cannot be written.
     """
+    weights = 4 if bundle.int8 else 3 if bundle.eight_bit else 2 if bundle.folded else 1
     description = {
-        "version": 4 if bundle.int8 else 3 if bundle.eight_bit else 2 if bundle.folded else 1,
+        "version": max(weights, family_of(bundle.configs).bundle_version if bundle.configs else 1),
         "kind": bundle.kind,
         "defaults": dict(bundle.defaults),
         "notes": dict(bundle.notes),

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tsdsr_core.cli import main
-from tsdsr_core.cli.arguments import load_loras_and_prompt
+from tsdsr_core.families.bundle import BUILTIN, METADATA_KEY, Bundle, find_lora, read_bundle, read_description, write_bundle
+from tsdsr_core.families.load import load_loras_and_prompt
 from tsdsr_core.weights import reading
-from tsdsr_core.weights.bundle import BUILTIN, METADATA_KEY, Bundle, find_lora, read_bundle, read_description, write_bundle
 from tsdsr_core.weights.lora import load_lora
 from tsdsr_core.weights.prompt import load_prompt
 
@@ -52,7 +52,7 @@ IMPOSSIBLE = [
     (change("vae_config", shift_factor=[1]), "shift_factor"),
     (lambda d: d.update(vae_config=[]), "vae_config is missing"),
     (lambda d: d.pop("transformer_config"), "transformer_config is missing"),
-    (lambda d: d["transformer_config"].clear(), "patch_size = None"),
+    (lambda d: d["transformer_config"].clear(), "the model.s kind is not known: expected the small model, Stable Diffusion 3"),
     (lambda d: d.update(notes={"license": 3}), "note license = 3"),
     (lambda d: d.update(folded="yes"), "folded = 'yes'"),
     (lambda d: d.update(eight_bit=1), "eight_bit = 1"),
@@ -73,7 +73,7 @@ def test_impossible_metadata_is_one_error_before_any_work(edit, message, tmp_pat
         description = json.loads(file.metadata()[METADATA_KEY])
     edit(description)
     path = rewrite(tmp_path / "bad.safetensors", json.dumps(description))
-    monkeypatch.setattr("tsdsr_core.weights.bundle._read", None)  # no tensor is read
+    monkeypatch.setattr("tsdsr_core.families.bundle._read", None)  # no tensor is read
     with pytest.raises(ValueError, match=message) as caught:
         read_bundle(path)
     assert str(path) in str(caught.value)

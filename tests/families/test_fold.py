@@ -8,22 +8,19 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
 from tsdsr_core.cli import main
+from tsdsr_core.families.bundle import METADATA_KEY, read_bundle, read_description
+from tsdsr_core.families.load import from_bundle, load
+from tsdsr_core.families.sd3.config import TRANSFORMER_CONFIG
+from tsdsr_core.families.sd3.fold import FoldedEmbedding, fold, fold_structure
 from tsdsr_core.pipeline import Options, restore
-from tsdsr_core.sd3.config import TRANSFORMER_CONFIG
-from tsdsr_core.sd3.fold import FoldedEmbedding, fold, fold_structure
-from tsdsr_core.sd3.models import load_folder, model_from_bundle
-from tsdsr_core.weights.bundle import METADATA_KEY, read_bundle, read_description
-from tsdsr_core.weights.lora import load_lora
-from tsdsr_core.weights.prompt import load_prompt
 
 from ..support.tiny import photo
 
 CPU = torch.device("cpu")
 
 
-def load(published):
-    loras = load_lora(published.loras / "transformer.safetensors"), load_lora(published.loras / "vae.safetensors")
-    return load_folder(published.sd3, loras, load_prompt(published.embeddings), CPU, torch.float32)
+def loaded(published):
+    return load(published.sd3, loras=published.loras, prompt=published.embeddings, device=CPU, dtype=torch.float32)
 
 
 def parameters(model) -> int:
@@ -32,7 +29,7 @@ def parameters(model) -> int:
 
 @pytest.mark.rounding
 def test_the_velocity_stays_the_same(published):
-    model = load(published)
+    model = loaded(published)
     z = torch.randn(3, 16, 12, 10)
     whole, before = model.velocity(z), parameters(model.transformer)
     fold(model.transformer, model.prompt.pooled)
@@ -80,9 +77,9 @@ def bundles(published, tmp_path_factory):
 @pytest.mark.rounding
 def test_a_folded_bundle_restores_like_the_whole_one(bundles):
     image, options = photo(40, 48), Options(scale=2, process_size=0)
-    whole, folded = (model_from_bundle(read_bundle(path), CPU, torch.float32) for path in bundles)
+    whole, folded = (from_bundle(read_bundle(path), CPU, torch.float32) for path in bundles)
     assert isinstance(folded.transformer.time_text_embed, FoldedEmbedding)
-    difference = restore(image, folded.restorer(), options) - restore(image, whole.restorer(), options)
+    difference = restore(image, folded.model(), options) - restore(image, whole.model(), options)
     assert difference.abs().max() < 1e-5
     assert bundles[1].stat().st_size < bundles[0].stat().st_size
 

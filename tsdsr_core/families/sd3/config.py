@@ -1,13 +1,8 @@
-"""Configuration of Stable Diffusion 3 medium: sizes, weight shapes and the modules that the published LoRAs adapt."""
+"""Configuration of Stable Diffusion 3 medium: sizes, and the modules that the published LoRAs adapt."""
 
 from __future__ import annotations
 
 from typing import Any
-
-import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
-
-from ..weights.lora import weight_shapes
 
 TRANSFORMER_CONFIG: dict[str, Any] = {
     "sample_size": 128,
@@ -44,14 +39,3 @@ TRANSFORMER_TARGETS = [
 """Name endings of the modules that the published transformer LoRA adapts."""
 VAE_TARGETS = r"encoder\.(conv_in|conv_out|.*\.(conv1|conv2|conv_shortcut|conv|to_q|to_k|to_v|to_out\.0))"
 """Pattern of the names of the modules that the published VAE LoRA adapts."""
-
-
-def model_shapes(part: str) -> dict[str, tuple[int, ...]]:
-    """Weight shapes of SD3 medium's "transformer" or "vae" by module name; no memory is allocated.
-
-    >>> len(model_shapes("vae")), model_shapes("vae")["encoder.conv_in"]
-    (70, (128, 3, 3, 3))
-    """
-    with torch.device("meta"):
-        model = SD3Transformer2DModel(**TRANSFORMER_CONFIG) if part == "transformer" else AutoencoderKL(**VAE_CONFIG)
-    return weight_shapes(model)

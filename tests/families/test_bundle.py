@@ -7,9 +7,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tsdsr_core.cli import main
+from tsdsr_core.families.bundle import METADATA_KEY, Bundle, is_bundle, read_bundle, read_description, vae_weights, write_bundle
+from tsdsr_core.families.load import from_bundle, load, merged_bundle
 from tsdsr_core.pipeline import Options, restore
-from tsdsr_core.sd3.models import load_folder, merged_bundle, model_from_bundle
-from tsdsr_core.weights.bundle import METADATA_KEY, Bundle, is_bundle, read_bundle, read_description, vae_weights, write_bundle
 from tsdsr_core.weights.lora import load_lora
 from tsdsr_core.weights.prompt import PromptEmbeds, load_prompt
 
@@ -30,7 +30,9 @@ def lora_bundle(published: Published) -> Bundle:
 
 @pytest.fixture(scope="module")
 def merged(published: Published, tmp_path_factory):
-    model = load_folder(published.sd3, loras_of(published), load_prompt(published.embeddings), CPU, torch.float32)
+    model = load(
+        published.sd3, loras=loras_of(published), prompt=load_prompt(published.embeddings), device=CPU, dtype=torch.float32
+    )
     path = tmp_path_factory.mktemp("bundle") / "merged.safetensors"
     write_bundle(
         path, merged_bundle(model.transformer, model.vae, model.prompt, torch.float32, model.defaults, {"license": "test"})
@@ -62,21 +64,21 @@ def test_a_preview_of_other_channels_is_refused(rows, merged, tmp_path):
 
 def test_a_merged_bundle_restores_as_the_folder_it_came_from(merged):
     model, path = merged
-    again = model_from_bundle(read_bundle(path), CPU, torch.float32)
+    again = from_bundle(read_bundle(path), CPU, torch.float32)
     low, options = photo(30, 20), Options(process_size=0)
-    difference = restore(low, again.restorer(), options) - restore(low, model.restorer(), options)
+    difference = restore(low, again.model(), options) - restore(low, model.model(), options)
     assert difference.abs().max() <= 1e-5
 
 
 def test_bf16_keeps_a_small_lora_of_the_vae(published, tmp_path):
     """As trained ones are; rounding the merged weights to bf16 would lose most of it."""
     prompt, exact = load_prompt(published.embeddings), torch.float32
-    base = load_folder(published.sd3, None, prompt, CPU, exact).vae.state_dict()
-    model = load_folder(published.sd3, loras_of(published), prompt, CPU, exact, vae_strength=0.003)
+    base = load(published.sd3, loras=(), prompt=prompt, device=CPU, dtype=exact).vae.state_dict()
+    model = load(published.sd3, loras=loras_of(published), prompt=prompt, device=CPU, dtype=exact, vae_lora_strength=0.003)
     write_bundle(tmp_path / "b.safetensors", merged_bundle(model.transformer, model.vae, prompt, torch.bfloat16, {}, {}))
     bundle = read_bundle(tmp_path / "b.safetensors")
     assert {weight.dtype for weight in bundle.transformer.values()} == {torch.bfloat16}
-    stored = model_from_bundle(bundle, CPU, torch.bfloat16).vae.state_dict()
+    stored = from_bundle(bundle, CPU, torch.bfloat16).vae.state_dict()
     merged = model.vae.state_dict()
     adapted = [f"{name}.weight" for name in loras_of(published)[1].pairs]
     change = torch.cat([(merged[name] - base[name]).flatten() for name in adapted])
@@ -101,7 +103,7 @@ def test_a_vae_beyond_16_bits_is_stored_in_32(dtype):
 
 def test_kinds_are_not_mixed_up(merged, lora_bundle):
     with pytest.raises(ValueError, match="holds only LoRAs"):
-        model_from_bundle(lora_bundle, CPU, torch.float32)
+        from_bundle(lora_bundle, CPU, torch.float32)
     with pytest.raises(ValueError, match="holds merged weights, not LoRAs"):
         read_bundle(merged[1]).loras()
 
@@ -129,7 +131,7 @@ def rewrite(source, target, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=5), "version 5, this program reads up to version 4: update"),
+        (lambda d: d.update(version=6), "version 6, this program reads up to version 5: update"),
         (lambda d: d.update(version="new"), "no version"),
         (lambda d: d.update(kind="zip"), "kind 'zip'"),
         (lambda d: d.pop("vae_config"), "vae_config is missing"),
@@ -155,7 +157,7 @@ def test_foreign_metadata_is_refused(change, message, merged, tmp_path):
 def test_weights_that_do_not_match_the_configuration_are_refused(change, merged, tmp_path):
     rewrite(merged[1], tmp_path / "b.safetensors", change)
     with pytest.raises(ValueError, match=r"b\.safetensors.* does not match its configuration: [^\n]+$"):
-        model_from_bundle(read_bundle(tmp_path / "b.safetensors"), CPU, torch.float32)
+        from_bundle(read_bundle(tmp_path / "b.safetensors"), CPU, torch.float32)
 
 
 def test_info_shows_notes_escaped(merged, tmp_path, capsys):
@@ -170,7 +172,7 @@ def test_a_bundle_with_foreign_embeddings_is_named(merged, tmp_path):
     with safe_open(merged[1], framework="pt") as file:
         save_file(tensors, tmp_path / "b.safetensors", file.metadata())
     with pytest.raises(ValueError, match=r"b\.safetensors: prompt embeddings of widths \(23, 20\) do not fit"):
-        model_from_bundle(read_bundle(tmp_path / "b.safetensors"), CPU, torch.float32)
+        from_bundle(read_bundle(tmp_path / "b.safetensors"), CPU, torch.float32)
 
 
 def test_other_safetensors_are_no_bundles(published):

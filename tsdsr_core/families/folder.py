@@ -1,4 +1,4 @@
-"""SD3 folders in diffusers' layout: finds, checks and loads the weight files of the transformer and the VAE."""
+"""Folders in diffusers' layout: finds, checks and loads the weight files of the transformer and the VAE."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor
 
 from ..checks import some
 from ..errors import InputError
 from ..system.atomic import reason
-from ..weights.bundle_header import check_config_numbers
 from ..weights.lora import weight_shapes
 from ..weights.reading import check_types, check_weights, is_finite, load_pickle, parse_json, read_tensors
+from . import check_config_numbers, family_of, part_folders
+from .record import Config, Family
 
-CLASSES = {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}
+CONFIG = "config.json"
 _STEM = "diffusion_pytorch_model"
 _VARIANTS = ("", "fp32", "fp16", "bf16")
 """Variants of the weights in order of preference, before any other."""
@@ -74,48 +74,85 @@ def _preference(variant: str) -> tuple[int, str]:
     return _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS), variant
 
 
+def folder_family(path: Path) -> Family:
+    """The family of a model folder, by the configurations in it.
+
+    Raises:
+        InputError: if there are none, or no family knows them.
+    """
+    configs = folder_configs(path)
+    if not configs:
+        raise InputError(f"{path} is not a model folder in diffusers' layout: expected transformer/{CONFIG} and vae/{CONFIG}")
+    try:
+        return family_of(configs)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def folder_configs(path: Path) -> dict[str, Config]:
+    """The configurations of a model folder by part, as far as it has them; ``InputError`` for what is none."""
+    configs = {}
+    for part in ("transformer", "vae"):
+        for folder in part_folders(part):
+            if (path / folder / CONFIG).exists():
+                configs[part] = _read_config(path / folder / CONFIG)
+    return configs
+
+
+def part_folder(path: Path, part: str, family: Family) -> Path:
+    """The folder of a part; for the autoencoder also ``path`` itself, where its files lie there."""
+    folder = path / (family.parts[part].folder or part)
+    return path if part == "vae" and not folder.is_dir() and (path / CONFIG).is_file() else folder
+
+
 def folder_shapes(path: Path, part: str) -> dict[str, tuple[int, ...]]:
-    """Weight shapes of an SD3 folder's "transformer" or "vae" by module name, from its configuration; no weight is read."""
+    """Weight shapes of a model folder's "transformer" or "vae" by module name, from its configuration; no weight is read."""
     return weight_shapes(_empty_model(path, part))
 
 
 def check_folder(path: Path, part: str) -> None:
-    """Raise ``InputError`` unless the weight files of an SD3 folder's part match its configuration."""
+    """Raise ``InputError`` unless the weight files of a model folder's part match its configuration."""
     expected = {name: tuple(tensor.shape) for name, tensor in _empty_model(path, part).state_dict().items()}
+    folder = part_folder(path, part, folder_family(path))
     found = {}
-    for file, tensors in _read(find_weights(path / part)):
+    for file, tensors in _read(find_weights(folder)):
         check_weights(file, tensors)
         found |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
-        raise InputError(f"{path / part}: weights that are missing, unexpected or of other shapes: {some(wrong)}")
+        raise InputError(f"{folder}: weights that are missing, unexpected or of other shapes: {some(wrong)}")
 
 
-def load_part(path: Path, part: str, dtype: torch.dtype) -> Any:
-    """Load the "transformer" or "vae" of an SD3 folder in ``dtype``.
+def load_part(path: Path, part: str, dtype: torch.dtype, family: Family | None = None) -> Any:
+    """Load the "transformer" or "vae" of a model folder in ``dtype``.
+
+    Args:
+        family: that it must be of; None for the folder's own.
 
     Raises:
         InputError: if it is missing, damaged or of another model family, or has weights that exceed the range of ``dtype``.
     """
-    _read_config(path, part)
-    weights = find_weights(path / part)
+    family = family or folder_family(path)
+    folder = part_folder(path, part, family)
+    _part_config(folder, part, family)
+    weights = find_weights(folder)
     try:
         for file, tensors in _read(weights):
             check_types(file, tensors)
-        model, report = CLASSES[part].from_pretrained(
-            path / part, torch_dtype=dtype, local_files_only=True, output_loading_info=True,
+        model, report = family.parts[part].model_class().from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True,
             variant=weights.variant or None, use_safetensors=weights.safetensors,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, TypeError, ArithmeticError, LookupError) as error:
-        raise InputError(f"{path / part} cannot be loaded: {str(error).strip()}") from error
+        raise InputError(f"{folder} cannot be loaded: {str(error).strip()}") from error
     wrong = [f"{name} ({kind})" for kind in ("missing", "unexpected") for name in report[f"{kind}_keys"]]
     if wrong:
-        raise InputError(f"{path / part} does not match its configuration in {len(wrong)} weights: {some(wrong)}")
+        raise InputError(f"{folder} does not match its configuration in {len(wrong)} weights: {some(wrong)}")
     beyond = [name for name, tensor in model.state_dict().items() if not is_finite(tensor)]
     if beyond:  # overflow of dtype, or damage: only now are the values read again
         for file, tensors in _read(weights):
             check_weights(file, tensors)
-        raise InputError(f"{path / part} has weights that exceed the range of {dtype} in {some(beyond)}: choose bf16 or fp32")
+        raise InputError(f"{folder} has weights that exceed the range of {dtype} in {some(beyond)}: choose bf16 or fp32")
     return model
 
 
@@ -146,26 +183,35 @@ def _read(weights: WeightFiles) -> Iterator[tuple[Path, dict[str, Tensor]]]:
 
 def _empty_model(path: Path, part: str) -> Any:
     """A model without weights, on the meta device, from a folder's configuration."""
-    config = _read_config(path, part)
+    family = folder_family(path)
+    folder = part_folder(path, part, family)
+    config = _part_config(folder, part, family)
     try:
         with torch.device("meta"):
-            return CLASSES[part].from_config(config)
+            return family.parts[part].model_class().from_config(config)
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-        raise InputError(f"{path / part / 'config.json'} is invalid: {error}") from error
+        raise InputError(f"{folder / CONFIG} is invalid: {error}") from error
 
 
-def _read_config(path: Path, part: str) -> dict[str, Any]:
-    file, expected = path / part / "config.json", CLASSES[part].__name__
+def _part_config(folder: Path, part: str, family: Family) -> Config:
+    """The configuration of a part, which must be the family's."""
+    config, expected = _read_config(folder / CONFIG), family.parts[part]
+    if config.get("_class_name") != expected.class_name:
+        raise InputError(
+            f"{folder / CONFIG} is for a {config.get('_class_name')}: expected {expected.class_name}, as in {family.title}"
+        )
+    try:
+        check_config_numbers(expected, config, required=False)
+    except ValueError as error:
+        raise InputError(f"{folder / CONFIG} is invalid: {error}") from error
+    return config
+
+
+def _read_config(file: Path) -> Config:
     try:
         config = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not an SD3 folder in diffusers' layout: {file}: {reason(error)}") from error
+        raise InputError(f"{file.parents[1]} is not a model folder in diffusers' layout: {file}: {reason(error)}") from error
     if not isinstance(config, dict):
-        raise InputError(f"{file} is not a configuration: expected that of {expected}")
-    if config.get("_class_name") != expected:
-        raise InputError(f"{file} is for a {config.get('_class_name')}: expected {expected}, as in SD3 medium")
-    try:
-        check_config_numbers(part, config, required=False)
-    except ValueError as error:
-        raise InputError(f"{file} is invalid: {error}") from error
+        raise InputError(f"{file} is not a configuration: expected a JSON object")
     return config

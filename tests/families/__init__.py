@@ -1,0 +1,1 @@
+"""Model families: records, loading, folders, bundles."""

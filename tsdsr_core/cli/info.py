@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..checks import some
 from ..errors import InputError
 from ..sd3.config import POOLED_SHAPE, TOKENS_SHAPE, model_shapes
 from ..sd3.folder import check_folder, folder_shapes
@@ -16,6 +17,7 @@ from ..sd3.models import model_from_bundle
 from ..system.atomic import one_line
 from ..weights import float8
 from ..weights.bundle import is_bundle, read_bundle
+from ..weights.kinds import recognise_file
 from ..weights.lora import TRANSFORMER_FILE, VAE_FILE, Lora, check_fit, load_lora
 from ..weights.prompt import POOLED_FILE, POOLED_KEY, TOKENS_FILE, TOKENS_KEY, PromptEmbeds, load_prompt
 from ..weights.reading import PICKLED, open_tensors
@@ -52,6 +54,13 @@ def describe(path: Path, model: Path | None) -> dict[str, Any]:
         facts = _bundle(path, model)
     elif path.is_file() and (path.suffix.lower() == PICKLED or _is_prompt(path)):
         facts = _prompt(load_prompt(path))
+    elif path.is_file() and (kind := recognise_file(path)) and not kind.is_lora:
+        facts = {
+            "kind": kind.name.removeprefix("a "),
+            "use": kind.use,
+            "fits": kind.fits,
+            "checked": "by the names of its tensors",
+        }
     else:
         facts = _loras([load_lora(path)], model)
     if model and facts["checked"] != f"against {model}":
@@ -99,6 +108,10 @@ def _loras(loras: list[Lora], model: Path | None) -> dict[str, Any]:
     for lora in loras:
         ranks = sorted({pair.rank for pair in lora.pairs.values()})
         facts[lora.target] = f"{len(lora.pairs)} modules of rank {', '.join(map(str, ranks))}"
+        facts[f"{lora.target} alpha"] = (
+            f"{_several(lora, 'alpha')} ({lora.alpha_source or 'the rank, since the file gives none'})"
+        )
+        facts[f"{lora.target} strength"] = f"{_several(lora, 'scale')} (alpha / rank)"
         shapes = folder_shapes(model, lora.target) if model else model_shapes(lora.target)
         try:
             check_fit(lora, shapes)
@@ -106,6 +119,11 @@ def _loras(loras: list[Lora], model: Path | None) -> dict[str, Any]:
             facts["fits"] = False
             facts[f"{lora.target} misfit"] = str(error)
     return facts
+
+
+def _several(lora: Lora, name: str) -> str:
+    """The values of an attribute of the pairs, each once."""
+    return some([f"{value:.6g}" for value in sorted({getattr(pair, name) for pair in lora.pairs.values()})])
 
 
 def _bundle(path: Path, model: Path | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..tsdsr_core.weights.bundle import BUILTIN, find_lora
 from ..tsdsr_core.weights.lora import TRANSFORMER_FILE, VAE_FILE
+from ..tsdsr_core.weights.peft_config import find_peft_config
 from ..tsdsr_core.weights.prompt import POOLED_FILE, TOKENS_FILE, load_prompt, pair_of
 from ..tsdsr_core.weights.reading import PICKLED, SUFFIXES
 from . import inputs
@@ -42,6 +43,15 @@ def _find(folders: tuple[str, ...], field_name: str, name: str) -> Path:
     if name.startswith(_NO_FILES):
         raise ValueError(f"{field_name}: {name}")
     return files.find(folders, name)
+
+
+def _config_state(name: str | None) -> str:
+    """Changes when the configuration does that says how strong a LoRA is."""
+    try:
+        config = None if name is None else find_peft_config(files.find(_LORAS, name))
+    except (ValueError, OSError):  # gone, or in a folder that cannot be read
+        return ""
+    return "" if config is None else f" {files.stamp(config)}"
 
 
 def _prompts() -> list[str]:
@@ -100,7 +110,7 @@ class LoadLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, transformer_lora: str | None, vae_lora: str | None, **others: Any) -> Any:
-        return files.state(_LORAS, transformer_lora), files.state(_LORAS, vae_lora)
+        return [files.state(_LORAS, name) + _config_state(name) for name in (transformer_lora, vae_lora)]
 
     @classmethod
     @checked

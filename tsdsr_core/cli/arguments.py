@@ -17,6 +17,7 @@ from ..system.atomic import no_file
 from ..system.device import DEVICES, DTYPES, held_memory
 from ..system.imports import hidden, without_compiler
 from ..weights.bundle import BUILTIN, is_bundle, read_bundle
+from ..weights.bundle_header import read_description
 from ..weights.lora import TRANSFORMER_FILE, VAE_FILE, Lora, load_lora
 from ..weights.prompt import TOKENS_FILE, PromptEmbeds, load_prompt
 
@@ -115,6 +116,8 @@ def load_model(options: argparse.Namespace, device: torch.device, dtype: torch.d
     path = Path(options.model)
     check_strengths(options)
     if options.model == "builtin" or path.is_file():
+        if options.model != "builtin":
+            read_description(path, "merged")  # first says what the file is, before which options it takes
         if options.lora_dir or options.embedding_dir or has_strengths(options):
             raise InputError(
                 f"--lora-dir, --embedding-dir and LoRA strengths need an SD3 folder as --model, not {options.model}"

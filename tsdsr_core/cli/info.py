@@ -19,8 +19,9 @@ from ..weights import float8
 from ..weights.bundle import is_bundle, read_bundle
 from ..weights.kinds import recognise_file
 from ..weights.lora import TRANSFORMER_FILE, VAE_FILE, Lora, check_fit, load_lora
-from ..weights.prompt import POOLED_FILE, POOLED_KEY, TOKENS_FILE, TOKENS_KEY, PromptEmbeds, load_prompt
-from ..weights.reading import PICKLED, open_tensors
+from ..weights.peft_config import PEFT_FILE
+from ..weights.prompt import POOLED_FILE, POOLED_KEY, TOKENS_FILE, TOKENS_KEY, PromptEmbeds, load_prompt, pair_of
+from ..weights.reading import PICKLED, is_safetensors, tensor_shapes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,15 +53,10 @@ def describe(path: Path, model: Path | None) -> dict[str, Any]:
         facts = _folder(path, model)
     elif is_bundle(path):
         facts = _bundle(path, model)
-    elif path.is_file() and (path.suffix.lower() == PICKLED or _is_prompt(path)):
+    elif path.is_file() and (_is_pair(path) or _is_prompt(path)):
         facts = _prompt(load_prompt(path))
     elif path.is_file() and (kind := recognise_file(path)) and not kind.is_lora:
-        facts = {
-            "kind": kind.name.removeprefix("a "),
-            "use": kind.use,
-            "fits": kind.fits,
-            "checked": "by the names of its tensors",
-        }
+        facts = {"kind": kind.name.removeprefix("a "), "use": kind.use, "fits": kind.fits, "checked": "the header of the file"}
     else:
         facts = _loras([load_lora(path)], model)
     if model and facts["checked"] != f"against {model}":
@@ -72,6 +68,8 @@ def _folder(path: Path, model: Path | None) -> dict[str, Any]:
     parts = [part for part in ("transformer", "vae") if (path / part / "config.json").is_file()]
     if parts:
         return _model_folder(path, parts)
+    if (path / PEFT_FILE).is_file():
+        return _loras([load_lora(path / PEFT_FILE)], model)
     files = {"transformer": path / TRANSFORMER_FILE, "vae": path / VAE_FILE}
     loras = [load_lora(file, part) for part, file in files.items()] if any(f.is_file() for f in files.values()) else []
     facts = _loras(loras, model) if loras else {}
@@ -152,6 +150,9 @@ def _prompt(prompt: PromptEmbeds) -> dict[str, Any]:
     return {"kind": "prompt embeddings", "tokens": tokens, "pooled": pooled, "fits": fits, "checked": "against SD3 medium"}
 
 
+def _is_pair(path: Path) -> bool:
+    return path.suffix.lower() == PICKLED and pair_of(path) is not None
+
+
 def _is_prompt(path: Path) -> bool:
-    with open_tensors(path) as file:
-        return set(file.keys()) == {TOKENS_KEY, POOLED_KEY}
+    return is_safetensors(path) and tensor_shapes(path).keys() == {TOKENS_KEY, POOLED_KEY}

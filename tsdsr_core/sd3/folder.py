@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,10 @@ def find_weights(folder: Path) -> WeightFiles:
                 return WeightFiles(files, variant, suffix == "safetensors")
     if strays:
         raise strays[0]
+    if others := [name for name in names if name.lower().endswith(".gguf")]:
+        raise InputError(
+            f"{folder} has only quantised weights ({some(others)}): give the unquantised folder, with {_STEM}.safetensors"
+        )
     raise InputError(f"{folder} has no weights: expected {_STEM}.safetensors, a variant of it, or {_STEM}.bin")
 
 
@@ -154,6 +158,20 @@ def _empty_model(path: Path, part: str) -> Any:
         raise InputError(f"{path / part / 'config.json'} is invalid: {error}") from error
 
 
+def _quantisation(config: Mapping[str, Any]) -> str | None:
+    """Words for the quantisation that a configuration names; None for unquantised weights.
+
+    diffusers would ask to install a package for most of them, and then needs a GPU.
+    """
+    settings = config.get("quantization_config")
+    if not settings:
+        return None
+    if not isinstance(settings, dict):
+        return "quantised"
+    bits = next((f", {bits} bits" for bits in (4, 8) if settings.get(f"load_in_{bits}bit")), "")
+    return f"quantised ({settings.get('quant_method', 'by an unnamed method')}{bits})"
+
+
 def _read_config(path: Path, part: str) -> dict[str, Any]:
     file, expected = path / part / "config.json", CLASSES[part].__name__
     try:
@@ -164,6 +182,11 @@ def _read_config(path: Path, part: str) -> dict[str, Any]:
         raise InputError(f"{file} is not a configuration: expected that of {expected}")
     if config.get("_class_name") != expected:
         raise InputError(f"{file} is for a {config.get('_class_name')}: expected {expected}, as in SD3 medium")
+    if quantised := _quantisation(config):
+        raise InputError(
+            f"{file} is for {quantised} weights, onto which LoRAs cannot be merged: give the unquantised folder, such as "
+            "stabilityai/stable-diffusion-3-medium-diffusers; tsdsr bundle --merge with --eight-bit or --int8 makes it smaller"
+        )
     try:
         check_config_numbers(part, config, required=False)
     except ValueError as error:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..checks import some
 from ..errors import InputError
 from ..flow import TIMESTEP
 from ..pipeline import Model
@@ -26,6 +27,7 @@ from ..weights.bundle import BUILTIN, Bundle, read_bundle, vae_weights
 from ..weights.bundle_header import WRONG_KIND
 from ..weights.lora import Lora, check_fit, merge_lora, weight_shapes
 from ..weights.prompt import PromptEmbeds
+from ..weights.reading import is_finite
 from .fold import FoldedEmbedding, fold_structure
 from .folder import CLASSES, load_part
 
@@ -219,11 +221,18 @@ def model_from_bundle(bundle: Bundle, device: torch.device, dtype: torch.dtype) 
     """Build the model of a model bundle; 8-bit and int8 weights are expanded to ``dtype``.
 
     Raises:
-        InputError: for a LoRA bundle, or weights that do not match the stored configuration.
+        InputError: for a LoRA bundle, weights that do not match the stored configuration, or exceed the range of ``dtype``.
     """
     if bundle.kind != "merged":
         raise InputError(WRONG_KIND["merged"])
     weights = bundle.transformer_weights(dtype)
+    casts = bundle.eight_bit or bundle.int8  # else those that have another type
+    beyond = [name for name, stored in weights.items() if (casts or stored.dtype != dtype) and not is_finite(stored.to(dtype))]
+    if beyond:
+        raise InputError(
+            f"{bundle.source} has weights of the transformer that exceed the range of {dtype} in {some(beyond)}: choose bf16 or "
+            "fp32, or make the bundle again"
+        )
     try:
         transformer = _from_weights("transformer", bundle.configs["transformer"], weights, bundle.folded)
         vae = _from_weights("vae", bundle.configs["vae"], bundle.vae)

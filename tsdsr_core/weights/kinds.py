@@ -91,9 +91,7 @@ _RECORDS = (
     _Record("a Stable Diffusion 1 or 2 UNet in diffusers' layout", _OTHER, _DIFFUSERS_UNET),
     _Record("a CLIP text encoder", _NEEDLESS, (r"(^|\.)text_model\.encoder\.layers\.\d",)),
     _Record("a T5 text encoder", _NEEDLESS, (r"(^|\.)encoder\.block\.\d+\.layer\.\d+\.SelfAttention\.",)),
-    _Record(
-        "a network of an ESRGAN upscaler", _OTHER, (r"^(params(_ema)?\.)?(conv_first|model\.0)\.weight$", r"\.(rdb|RDB)\d\.")
-    ),
+    _Record("a network of an ESRGAN upscaler", _OTHER, (r"(^|\.)(conv_first|model\.0)\.weight$", r"\.(rdb|RDB)\d\.")),
     _Record("a TAESD, the small autoencoder of previews", _OTHER, (r"^(\w+\.)?(layers\.)?\d+\.conv\.\d+\.weight$",)),
 )
 _GGUF = b"GGUF"
@@ -104,14 +102,15 @@ _LATENTS = 16
 """Latent channels of Stable Diffusion 3."""
 _VAE_USE = "in ComfyUI, open it with Load VAE; on the command line, the VAE is the folder vae/ in the model's folder"
 _VAE = (r"(^|\.)encoder\.(down|down_blocks)\.\d+\.", r"(^|\.)decoder\.(up|up_blocks)\.\d+\.")
+_SCALED = r"\.comfy_quant$|(^|\.)scaled_fp8$|\.(scale_weight|weight_scale)$"
+"""Keys of 8-bit weights that ComfyUI reads."""
 _QUANTISED = (
     ("bitsandbytes, 4 bits", r"\.(quant_state\.bitsandbytes__\w+|nested_absmax|absmax)$"),
     ("bitsandbytes, 8 bits", r"\.(SCB|weight_format)$"),
     ("quanto", r"\.weight\._(data|scale)$"),
     ("Nunchaku or GPTQ", r"\.(qweight|wscales|qzeros)$"),
-    ("scaled 8-bit weights", r"\.comfy_quant$|(^|\.)scaled_fp8$|\.(scale_weight|weight_scale)$"),
 )
-"""Names of quantisations, and patterns of the keys by which they are recognised."""
+"""Names of quantisations that ComfyUI does not read itself, and patterns of the keys by which they are recognised."""
 _IN_FILE = {
     "VAE": r"^(first_stage_model|vae)\.",
     "text encoders": r"^(text_encoders|cond_stage_model|conditioner)\.",
@@ -130,15 +129,18 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Kind | None:
     def has(pattern: str) -> bool:
         return re.search(pattern, text, re.MULTILINE) is not None
 
-    quantised = "".join(f", quantised ({name})" for name, pattern in _QUANTISED if has(pattern))
+    quantised = next((f", quantised ({name})" for name, pattern in _QUANTISED if has(pattern)), "")
+    scaled = ", in scaled 8 bits" if has(_SCALED) else ""
     for record in _RECORDS:
         if not all(map(has, record.needs)) or has(record.lacks):
             continue
+        if quantised:
+            return Kind(record.name + quantised, _OTHER)
         if not has(_JOINT) and not has(_UNET):
-            return Kind(record.name + quantised, record.use, record.fits)
+            return Kind(record.name + scaled, record.use, record.fits)
         contents = "".join(f", {'with' if has(pattern) else 'without'} {part}" for part, pattern in _IN_FILE.items())
         use = _BARE_SD3 if record.use == _SD3 and not has(_IN_FILE["VAE"]) else record.use
-        return Kind(record.name + contents + quantised, use, record.fits)
+        return Kind(record.name + scaled + contents, use, record.fits)
     return _vae(shapes) if all(map(has, _VAE)) else None
 
 

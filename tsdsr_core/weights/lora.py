@@ -21,7 +21,7 @@ from .kinds import recognise
 from .lora_alpha import Alphas, has_alpha, header_alphas
 from .lora_keys import factor_shapes, split_key, target_of
 from .peft_config import read_peft_config
-from .reading import check_weights, read_tensors
+from .reading import check_weights, is_finite, read_tensors
 
 TRANSFORMER_FILE, VAE_FILE = "transformer.safetensors", "vae.safetensors"
 
@@ -184,7 +184,8 @@ def merge_lora(model: nn.Module, lora: Lora, strength: float = 1.0) -> int:
         The number of changed modules.
 
     Raises:
-        InputError: if a module does not fit; nothing is changed then.
+        InputError: if a module does not fit; nothing is changed then. Also if the result exceeds the range of a weight's type;
+            the model is of no use then.
 
     >>> model = nn.Sequential(nn.Linear(8, 4))
     >>> before = model[0].weight.clone()
@@ -198,6 +199,12 @@ def merge_lora(model: nn.Module, lora: Lora, strength: float = 1.0) -> int:
     for name, pair in lora.pairs.items():
         weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
         weight.copy_(weight.float() + pair.delta(strength).to(weight.device))
+        if not is_finite(weight):
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise InputError(
+                f"the {lora.target} LoRA at strength {strength:g} takes {name} beyond the range of {kind}: lower its strength (the "
+                f"file gives {pair.scale:g}), or choose bf16 or fp32"
+            )
     return len(lora.pairs)
 
 

@@ -1,7 +1,7 @@
 """PEFT's ``adapter_config.json``, and which of the LoRA files beside it it describes.
 
-PEFT writes it beside ``adapter_model.safetensors``, and it alone says how strong that LoRA is.  People rename the LoRA file, and
-keep several of them in one folder, so the name does not tell whose the configuration is.  What tells is its content:
+PEFT writes it beside ``adapter_model.safetensors``, and it alone says how strong that LoRA is.  People rename the LoRA file,
+and keep several of them in one folder, so the name does not tell whose the configuration is.  What tells is its content:
 
 - ``adapter_model.safetensors`` is described by it in any case;
 - another file is, if the configuration targets all of its modules and gives the rank that each of them has;
@@ -67,8 +67,8 @@ def read_peft_config(path: Path, shapes: FactorShapes, has_alpha: bool) -> str |
     if has_alpha or not any(_is_targeted(settings, module) for module in shapes) or any(_described(config, path, settings)):
         return None
     raise InputError(
-        f"{config.name} beside it is of another LoRA ({difference}), so its strength is unknown: put its own {PEFT_CONFIG} there, "
-        "or move it to a folder without one"
+        f"the {PEFT_CONFIG} beside it is of another LoRA ({difference}), so its strength is unknown: put its own there, or "
+        "move it to a folder without one"
     )
 
 
@@ -118,7 +118,7 @@ def _warn_of_others(config: Path, path: Path, settings: Mapping[str, Any], shape
     for other, found in _described(config, path, settings):
         if set(map(target_of, found)) != parts:
             log.warning(
-                "%s describes both %s and %s, and is used for both: if they were trained apart, put each into a folder of its own "
-                "with its own %s", config, path.name, other.name, PEFT_CONFIG,
+                "%s describes both %s and %s, and is used for both: if they were trained apart, put each into a folder of its "
+                "own with its own %s", config, path.name, other.name, PEFT_CONFIG,
             )  # fmt: skip
             return

@@ -138,7 +138,10 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_types(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ``InputError``, with ``path``, if a tensor holds no floating-point numbers to calculate with; values are not read."""
+    """Raise ``InputError``, with ``path``, if a tensor holds no floating-point numbers that torch calculates with.
+
+    Values are not read.
+    """
     odd = [key for key, tensor in tensors.items() if not is_dense(tensor)]
     if odd:
         raise InputError(f"{path} holds sparse, nested, quantised or empty tensors in {some(odd)}: expected dense ones")
@@ -212,7 +215,7 @@ def _encodable(path: Path) -> Iterator[Path]:
 
 
 def _unknown_type(path: Path) -> tuple[str, str] | None:
-    """A type that safetensors does not know, as a newer version may, and a tensor that has it; None if that is not the fault."""
+    """A type that safetensors does not know, as a newer version may, and a tensor of it; None if that is not the fault."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -222,6 +225,19 @@ def _unknown_type(path: Path) -> tuple[str, str] | None:
         return None
     known = {*_FLOATS, *_OTHERS}
     return next(((kind, key) for key, kind in kinds.items() if isinstance(kind, str) and kind not in known), None)
+
+
+def _begins_safetensors(start: bytes) -> bool:
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors files do.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    return _begins_safetensors(first_bytes(path))
 
 
 def first_bytes(path: Path) -> bytes:
@@ -251,7 +267,7 @@ def _kind(start: bytes, again: str) -> tuple[str, str] | None:
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not start:
         return "empty", again
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32:  # before text, as the length may look like it
+    if _begins_safetensors(start):  # before text, as the length may look like it
         return "a safetensors file", "rename it to .safetensors"
     if text.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer", f"run git lfs pull, or {again}"

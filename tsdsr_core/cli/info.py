@@ -68,9 +68,9 @@ def _folder(path: Path, model: Path | None) -> dict[str, Any]:
     parts = [part for part in ("transformer", "vae") if (path / part / "config.json").is_file()]
     if parts:
         return _model_folder(path, parts)
-    if (path / PEFT_FILE).is_file():
-        return _loras([load_lora(path / PEFT_FILE)], model)
     files = {"transformer": path / TRANSFORMER_FILE, "vae": path / VAE_FILE}
+    if (path / PEFT_FILE).is_file() and not all(file.is_file() for file in files.values()):
+        return _loras([load_lora(path / PEFT_FILE)], model)
     loras = [load_lora(file, part) for part, file in files.items()] if any(f.is_file() for f in files.values()) else []
     facts = _loras(loras, model) if loras else {}
     if (path / TOKENS_FILE).is_file():

@@ -230,8 +230,8 @@ def model_from_bundle(bundle: Bundle, device: torch.device, dtype: torch.dtype) 
     beyond = [name for name, stored in weights.items() if (casts or stored.dtype != dtype) and not is_finite(stored.to(dtype))]
     if beyond:
         raise InputError(
-            f"{bundle.source} has weights of the transformer that exceed the range of {dtype} in {some(beyond)}: choose bf16 or "
-            "fp32, or make the bundle again"
+            f"{bundle.source} has weights of the transformer that exceed the range of {dtype} in {some(beyond)}: choose bf16 "
+            "or fp32, or make the bundle again"
         )
     try:
         transformer = _from_weights("transformer", bundle.configs["transformer"], weights, bundle.folded)

@@ -202,8 +202,8 @@ def merge_lora(model: nn.Module, lora: Lora, strength: float = 1.0) -> int:
         if not is_finite(weight):
             kind = str(weight.dtype).removeprefix("torch.")
             raise InputError(
-                f"the {lora.target} LoRA at strength {strength:g} takes {name} beyond the range of {kind}: lower its strength (the "
-                f"file gives {pair.scale:g}), or choose bf16 or fp32"
+                f"the {lora.target} LoRA at strength {strength:g} takes {name} beyond the range of {kind}: lower its strength "
+                f"(the file gives {pair.scale:g}), or choose bf16 or fp32"
             )
     return len(lora.pairs)
 

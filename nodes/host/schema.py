@@ -1,13 +1,17 @@
-"""Node definitions, without what an older host does not know."""
+"""Node definitions, without what an older host does not know, and whether another copy of the pack has defined them."""
 
 from __future__ import annotations
 
 import inspect
+import logging
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
+log = logging.getLogger("tsdsr")
 CATEGORY = "image/upscaling/TSD-SR"
 _NEWER = {"accept_all_inputs", "advanced", "essentials_category", "search_aliases"}
 """Options that came after the oldest host; a node works without them."""
@@ -32,3 +36,15 @@ def _known(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, A
     """The options but for newer ones that this host lacks; a misspelt one stays and is refused."""
     missing = _NEWER - inspect.signature(function).parameters.keys()
     return {name: value for name, value in options.items() if name not in missing}
+
+
+def warn_of_another_copy(node: type[io.ComfyNode]) -> None:
+    """Say so in the log where a copy of the pack in another folder has defined ``node``: the host keeps the last definition."""
+    defined = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
+    other = defined.get(node.define_schema().node_id)
+    if other is not None:
+        first, second = (Path(inspect.getfile(each)).parents[1] for each in (other, node))
+        log.warning(
+            "TSD-SR is installed twice, in %s and in %s. ComfyUI uses the second: remove one of the two folders, then restart "
+            "ComfyUI", first, second,
+        )  # fmt: skip

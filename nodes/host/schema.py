@@ -41,10 +41,15 @@ def _known(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, A
 def warn_of_another_copy(node: type[io.ComfyNode]) -> None:
     """Say so in the log where a copy of the pack in another folder has defined ``node``: the host keeps the last definition."""
     defined = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
-    other = defined.get(node.define_schema().node_id)
-    if other is not None:
-        first, second = (Path(inspect.getfile(each)).parents[1] for each in (other, node))
+    first, second = map(_folder, (defined.get(node.define_schema().node_id), node))
+    if first and first != second:  # the same where a tool loads the pack again
         log.warning(
             "TSD-SR is installed twice, in %s and in %s. ComfyUI uses the second: remove one of the two folders, then restart "
             "ComfyUI", first, second,
         )  # fmt: skip
+
+
+def _folder(node: type | None) -> Path | None:
+    """The pack's folder of a class in its folder ``nodes``."""
+    file = getattr(sys.modules.get(getattr(node, "__module__", "")), "__file__", None)
+    return Path(file).parents[1] if file else None

@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import PurePosixPath
+from typing import Any
 
 import pytest
 
@@ -25,6 +27,22 @@ def test_the_version_is_where_the_manager_reads_it():
     assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
     assert project["version"] == tsdsr_core.__version__
     assert "dynamic" not in project
+
+
+def lists_in(value: Any) -> Iterator[list]:
+    """All lists in a document, also those in others."""
+    if isinstance(value, list):
+        yield value
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from lists_in(each)
+
+
+def test_the_manager_can_read_the_project_file():
+    """Its parser refuses a list of mixed types, such as a dependency group that includes another, and a byte order mark."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert not text.startswith("\ufeff")
+    assert all(len({type(item) for item in each}) <= 1 for each in lists_in(tomllib.loads(text)))
+    assert not all(len({type(item) for item in each}) <= 1 for each in lists_in(tomllib.loads('a = {b = [["x", {c = 1}]]}')))
 
 
 def test_a_scanner_of_the_source_finds_the_nodes_and_nothing_else(monkeypatch):
@@ -59,7 +77,7 @@ def test_the_published_pack_holds_what_a_host_needs():
         inside = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / name).rglob("*")) if path.is_file()]
         wanted = {PurePosixPath(path) for path in inside if "__pycache__" not in path} or {name}
         assert wanted <= set(files), name
-    assert not any(path.parts[0] in ("tests", ".ci", ".github") or "train" in path.parts for path in files)
+    assert not any(path.parts[0] in ("tests", "findings", ".ci", ".github") or "train" in path.parts for path in files)
 
 
 def test_what_only_developers_need_is_named_from_the_top():

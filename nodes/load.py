@@ -15,7 +15,7 @@ from ..tsdsr_core.weights.reading import PICKLED, SUFFIXES
 from . import inputs
 from .checks import checked
 from .host import files, loras, models
-from .host.schema import field, schema
+from .host.schema import Schema, field
 from .types import HostModel, Vae
 
 _LORAS = ("loras", files.FOLDER)
@@ -76,9 +76,9 @@ class LoadLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         names = files.names(_LORAS)
         where = "Put it into models/loras or a subfolder, such as models/loras/tsdsr, then press R to refresh the list."
-        return schema(
-            "TSDSRLoadLora",
-            "TSD-SR Load LoRA",
+        return Schema(
+            node_id="TSDSRLoadLora",
+            display_name="TSD-SR Load LoRA",
             description="Applies the two TSD-SR LoRA files to Stable Diffusion 3 medium and to its VAE.",
             search_aliases=["tsdsr lora", "tsd-sr lora"],
             inputs=[
@@ -133,9 +133,9 @@ class LoadPrompt(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            "TSDSRLoadPrompt",
-            "TSD-SR Load Prompt",
+        return Schema(
+            node_id="TSDSRLoadPrompt",
+            display_name="TSD-SR Load Prompt",
             description="Loads the prompt embeddings that TSD-SR was trained with, so that no text encoder is needed.",
             search_aliases=["tsdsr prompt", "prompt embeddings", "prompt_embeds.pt"],
             inputs=[
@@ -172,9 +172,9 @@ class LoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            "TSDSRLoadCheckpoint",
-            "TSD-SR Load Checkpoint",
+        return Schema(
+            node_id="TSDSRLoadCheckpoint",
+            display_name="TSD-SR Load Checkpoint",
             description="Loads a complete TSD-SR model: the small built-in model, or a bundle with everything in one file.",
             search_aliases=["tsdsr checkpoint", "tsdsr model", "tsdsr bundle", "load checkpoint"],
             inputs=[

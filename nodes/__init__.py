@@ -13,6 +13,7 @@ from comfy_api.latest import ComfyExtension, io
 from .colour import ColorFix
 from .host.examples import copy_examples
 from .host.files import register_folder
+from .host.schema import warn_of_another_copy
 from .load import LoadCheckpoint, LoadLora, LoadPrompt
 from .sample import OneStep, OneStepSamplerNode
 from .save import SaveCheckpoint
@@ -38,6 +39,7 @@ class Extension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes."""
+        warn_of_another_copy(Upscale)
         register_folder()
         copy_examples()
         return NODES

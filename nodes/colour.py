@@ -12,7 +12,7 @@ from ..tsdsr_core.pipeline import bicubic
 from . import inputs
 from .checks import checked
 from .host import models, running
-from .host.schema import field, schema
+from .host.schema import Schema, field
 from .types import HostModel
 
 
@@ -21,9 +21,9 @@ class ColorFix(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            "TSDSRColorFix",
-            "TSD-SR Color Fix",
+        return Schema(
+            node_id="TSDSRColorFix",
+            display_name="TSD-SR Color Fix",
             description="Gives a restored image the colours of a reference, usually the original image. Alpha is kept.",
             search_aliases=["color match", "colour fix", "wavelet color fix", "adain"],
             inputs=[

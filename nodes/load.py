@@ -9,12 +9,13 @@ from comfy_api.latest import io
 
 from ..tsdsr_core.families.bundle import BUILTIN, find_lora
 from ..tsdsr_core.weights.lora import TRANSFORMER_FILE, VAE_FILE
+from ..tsdsr_core.weights.peft_config import find_peft_config
 from ..tsdsr_core.weights.prompt import POOLED_FILE, TOKENS_FILE, load_prompt, pair_of
 from ..tsdsr_core.weights.reading import PICKLED, SUFFIXES
 from . import inputs
 from .checks import checked
 from .host import files, loras, models
-from .host.schema import field, schema
+from .host.schema import Schema, field
 from .types import HostModel, Vae
 
 _LORAS = ("loras", files.FOLDER)
@@ -44,6 +45,15 @@ def _find(folders: tuple[str, ...], field_name: str, name: str) -> Path:
     return files.find(folders, name)
 
 
+def _config_state(name: str | None) -> str:
+    """Changes when the configuration does that says how strong a LoRA is."""
+    try:
+        config = None if name is None else find_peft_config(files.find(_LORAS, name))
+    except (ValueError, OSError):  # gone, or in a folder that cannot be read
+        return ""
+    return "" if config is None else f" {files.stamp(config)}"
+
+
 def _prompts() -> list[str]:
     """Safetensors files, and the first file of each complete pair of ``.pt`` files."""
     names = files.names(_PROMPTS, (*SUFFIXES, PICKLED))
@@ -66,9 +76,9 @@ class LoadLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         names = files.names(_LORAS)
         where = "Put it into models/loras or a subfolder, such as models/loras/tsdsr, then press R to refresh the list."
-        return schema(
-            "TSDSRLoadLora",
-            "TSD-SR Load LoRA",
+        return Schema(
+            node_id="TSDSRLoadLora",
+            display_name="TSD-SR Load LoRA",
             description="Applies the two TSD-SR LoRA files to Stable Diffusion 3 medium and to its VAE.",
             search_aliases=["tsdsr lora", "tsd-sr lora"],
             inputs=[
@@ -100,7 +110,7 @@ class LoadLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, transformer_lora: str | None, vae_lora: str | None, **others: Any) -> Any:
-        return files.state(_LORAS, transformer_lora), files.state(_LORAS, vae_lora)
+        return [files.state(_LORAS, name) + _config_state(name) for name in (transformer_lora, vae_lora)]
 
     @classmethod
     @checked
@@ -123,9 +133,9 @@ class LoadPrompt(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            "TSDSRLoadPrompt",
-            "TSD-SR Load Prompt",
+        return Schema(
+            node_id="TSDSRLoadPrompt",
+            display_name="TSD-SR Load Prompt",
             description="Loads the prompt embeddings that TSD-SR was trained with, so that no text encoder is needed.",
             search_aliases=["tsdsr prompt", "prompt embeddings", "prompt_embeds.pt"],
             inputs=[
@@ -162,9 +172,9 @@ class LoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            "TSDSRLoadCheckpoint",
-            "TSD-SR Load Checkpoint",
+        return Schema(
+            node_id="TSDSRLoadCheckpoint",
+            display_name="TSD-SR Load Checkpoint",
             description="Loads a complete TSD-SR model: the small built-in model, or a bundle with everything in one file.",
             search_aliases=["tsdsr checkpoint", "tsdsr model", "tsdsr bundle", "load checkpoint"],
             inputs=[

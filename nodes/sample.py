@@ -8,7 +8,7 @@ from . import inputs
 from .checks import checked
 from .host import models
 from .host.sampling import OneStepSampler, run_one_step
-from .host.schema import field, schema
+from .host.schema import Schema, field
 from .types import Conditioning, HostModel, Latent
 
 
@@ -17,9 +17,9 @@ class OneStep(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            "TSDSROneStep",
-            "TSD-SR One Step",
+        return Schema(
+            node_id="TSDSROneStep",
+            display_name="TSD-SR One Step",
             description="Restores a latent in one step. The latent is the enlarged image, encoded with the TSD-SR VAE.",
             search_aliases=["tsdsr step", "restore latent", "latent super resolution"],
             inputs=[
@@ -50,9 +50,9 @@ class OneStepSamplerNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            "TSDSRSampler",
-            "TSD-SR Sampler",
+        return Schema(
+            node_id="TSDSRSampler",
+            display_name="TSD-SR Sampler",
             description="The TSD-SR step as a sampler for SamplerCustomAdvanced. Use it with DisableNoise and "
             "BasicScheduler (1 step, denoise 1).",
             search_aliases=["tsdsr sampler"],

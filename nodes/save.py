@@ -9,7 +9,7 @@ from ..tsdsr_core.families.bundle import write_bundle
 from . import inputs
 from .checks import checked
 from .host import bundling, files, models, running, sampling
-from .host.schema import field, schema
+from .host.schema import Schema, field
 from .load import BUNDLES
 from .types import Conditioning, HostModel, Vae
 
@@ -21,9 +21,9 @@ class SaveCheckpoint(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            "TSDSRSaveCheckpoint",
-            "TSD-SR Save Checkpoint",
+        return Schema(
+            node_id="TSDSRSaveCheckpoint",
+            display_name="TSD-SR Save Checkpoint",
             description="Saves model, VAE and prompt as one file, with all LoRAs merged. TSD-SR Load Checkpoint and the tsdsr "
             "command can load it. A file that contains Stable Diffusion 3 is covered by the licence of that model.",
             search_aliases=["tsdsr bundle", "merge lora"],

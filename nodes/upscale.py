@@ -17,7 +17,7 @@ from .checks import checked
 from .host import models, running, sampling
 from .host import vae as host_vae
 from .host.draft import Draft, draft_state
-from .host.schema import field, schema
+from .host.schema import Schema, field
 from .report import Report
 from .types import Conditioning, HostModel, Vae
 
@@ -40,9 +40,9 @@ class Upscale(io.ComfyNode):
         side = field(
             io.Int, "pixels", default=2048, min=16, max=_LARGEST, tooltip="Length of that side of the result in pixels."
         )
-        return schema(
-            "TSDSRUpscale",
-            "TSD-SR Upscale",
+        return Schema(
+            node_id="TSDSRUpscale",
+            display_name="TSD-SR Upscale",
             description="Restores and enlarges images in one step with TSD-SR: removes noise, blur and compression artifacts. "
             "Works with any image size, batches and alpha; tile sizes and memory use are automatic.",
             search_aliases=list(_SEARCHED),

@@ -15,7 +15,7 @@ from .checks import check_latents, checked
 from .host import models, padded_latents, running
 from .host import vae as host_vae
 from .host.draft import Draft, draft_state
-from .host.schema import field, schema
+from .host.schema import Schema, field
 from .types import Latent, Vae
 
 _PATCH = 2
@@ -26,9 +26,9 @@ class Encode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            "TSDSREncode",
-            "TSD-SR Encode",
+        return Schema(
+            node_id="TSDSREncode",
+            display_name="TSD-SR Encode",
             description="Encodes an image of any size to a latent, in tiles but with the same result as in one piece. Nothing "
             "is cropped: sizes that do not fit the model are padded, and TSD-SR Decode removes the padding.",
             search_aliases=["tsdsr vae encode", "tiled vae encode"],
@@ -68,9 +68,9 @@ class Decode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
-            "TSDSRDecode",
-            "TSD-SR Decode",
+        return Schema(
+            node_id="TSDSRDecode",
+            display_name="TSD-SR Decode",
             description="Decodes a latent of any size to an image, in tiles but with the same result as in one piece: no "
             "seams, no colour shift.",
             search_aliases=["tsdsr vae decode", "tiled vae decode"],

@@ -27,6 +27,7 @@ from tsdsr_core.train.data.prepared import Prepared
 from tsdsr_core.train.evaluation_set import make_evaluation_set
 from tsdsr_core.train.networks.text import read_captions
 
+from ..support.published import published_files
 from ..support.tiny import photo
 
 ROOT = Path(__file__).parents[2]
@@ -343,13 +344,11 @@ def test_text_files_with_a_byte_order_mark_are_read(encoding, tmp_path):
 
 def test_a_copy_without_the_training_code_does_not_offer_it(tmp_path):
     """As ComfyUI's registry delivers the pack."""
-    leave = [line.strip("/") for line in (ROOT / ".comfyignore").read_text().split()]
-    assert "tsdsr_core/train" in leave
-    for path in (ROOT / "tsdsr_core").rglob("*.py"):
-        relative = path.relative_to(ROOT)
-        if not str(relative).startswith("tsdsr_core/train/"):
-            (tmp_path / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, tmp_path / relative)
+    files = [path for path in published_files() if path.parts[0] == "tsdsr_core" and path.suffix == ".py"]
+    assert not any("train" in path.parts for path in files)
+    for path in files:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
     done = run("-m", "tsdsr_core", "--help", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert b"upscale" in done.stdout
     assert b"train" not in done.stdout

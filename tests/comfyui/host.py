@@ -51,7 +51,8 @@ class Result:
 class Host:
     """A running server."""
 
-    def __init__(self, folder: Path, python: Path, base: Path) -> None:
+    def __init__(self, folder: Path, python: Path, base: Path, packs: tuple[str, ...] = (PACK,)) -> None:
+        """Start ComfyUI in ``folder`` with the pack in folders of these names."""
         self.base = base
         self.passes_all_inputs = "ACCEPT_ALL_INPUTS" in (folder / "execution.py").read_text(encoding="utf-8")
         """Whether a node that asks for it is given inputs that its schema does not know."""
@@ -67,7 +68,8 @@ class Host:
         ):
             (base / name).mkdir(parents=True, exist_ok=True)
         (base / "custom_nodes").mkdir()
-        (base / "custom_nodes" / PACK).symlink_to(ROOT)
+        for pack in packs:
+            (base / "custom_nodes" / pack).symlink_to(ROOT)
         shutil.copytree(ROOT / "tests" / "comfyui" / "pack", base / "custom_nodes" / "host_pack")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -31,12 +33,13 @@ class Anything(ModuleType):
 
 
 class Kind:
-    """``io.Float`` and the like: inputs are (name, type, options)."""
+    """``io.Float`` and the like: inputs are (name, type, options), also optional ones."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
-    def Input(self, id, tooltip=None, default=None, min=None, max=None, step=None, options=None, advanced=None):
+    def Input(self, id, tooltip=None, default=None, min=None, max=None, step=None, options=None, optional=False,
+              advanced=None):  # fmt: skip
         given = {"tooltip": tooltip, "default": default, "min": min, "max": max, "step": step, "advanced": advanced,
                  "options": options}  # fmt: skip
         return id, self.kind, {key: value for key, value in given.items() if value is not None}
@@ -49,27 +52,44 @@ class Kind:
         return {"key": key, "inputs": {"required": as_required(inputs)}}
 
 
+class OldKind(Kind):
+    """The same in the oldest host."""
+
+    def Input(self, id, tooltip=None, default=None, min=None, max=None, step=None, options=None, optional=False):
+        return super().Input(id, tooltip, default, min, max, step, options, optional)
+
+
 def as_required(inputs) -> dict:
     """Inputs as ``/object_info`` tells of them."""
     return {name: [kind, options] for name, kind, options in inputs}
 
 
-def make_schema(node_id, display_name, category, description, search_aliases, inputs, outputs, is_output_node=False,
-                essentials_category=None, accept_all_inputs=False, hidden=()):  # fmt: skip
+class Schema(dict):
     """``io.Schema`` as ``/object_info`` tells of it."""
-    return {
-        "name": node_id, "display_name": display_name, "category": category, "description": description,
-        "search_aliases": search_aliases, "input": {"required": as_required(inputs)}, "output": outputs,
-        "output_node": is_output_node,
-    }  # fmt: skip
+
+    def __init__(self, node_id, display_name, category, description, inputs, outputs, search_aliases=(), is_output_node=False,
+                 essentials_category=None, accept_all_inputs=False, hidden=()):  # fmt: skip
+        super().__init__(
+            name=node_id, display_name=display_name, category=category, description=description, output=outputs,
+            search_aliases=search_aliases, input={"required": as_required(inputs)}, output_node=is_output_node,
+        )  # fmt: skip
 
 
-def schemas(monkeypatch) -> dict[str, dict]:
-    """All nodes by id."""
+class OldSchema(Schema):
+    """The same in the oldest host."""
+
+    def __init__(self, node_id, display_name, category, description, inputs, outputs, is_output_node=False, hidden=()):
+        super().__init__(node_id, display_name, category, description, inputs, outputs, is_output_node=is_output_node)
+
+
+@contextmanager
+def imported(monkeypatch, old: bool = False) -> Iterator[ModuleType]:
+    """The package ``nodes`` of the pack, as the newest or the oldest host imports it."""
     io = Anything("io")
-    io.Schema, io.ComfyNode, io.Hidden = make_schema, object, SimpleNamespace(unique_id="UNIQUE_ID")
+    io.ComfyNode, io.Hidden = object, SimpleNamespace(unique_id="UNIQUE_ID")
+    io.Schema, make_kind = (OldSchema, OldKind) if old else (Schema, Kind)
     for name, kind in TYPES.items():
-        setattr(io, name, Kind(kind))
+        setattr(io, name, make_kind(kind))
     latest = Anything("comfy_api.latest")
     latest.io, latest.ComfyExtension = io, object
     for module in (*(Anything(name) for name in _NEEDED), latest):
@@ -84,8 +104,13 @@ def schemas(monkeypatch) -> dict[str, dict]:
     monkeypatch.setitem(sys.modules, "pack_in_a_host", pack)
     try:
         spec.loader.exec_module(pack)
-        nodes = sys.modules["pack_in_a_host.nodes"].NODES
-        return {(schema := node.define_schema())["name"]: schema for node in nodes}
+        yield sys.modules["pack_in_a_host.nodes"]
     finally:
         for name in [name for name in sys.modules if name.startswith("pack_in_a_host.")]:
             del sys.modules[name]
+
+
+def schemas(monkeypatch, old: bool = False) -> dict[str, dict]:
+    """All nodes by id, in the newest or the oldest host."""
+    with imported(monkeypatch, old) as nodes:
+        return {(schema := node.define_schema())["name"]: schema for node in nodes.NODES}

@@ -6,7 +6,7 @@ import pytest
 
 from ..comfyui import host as host_module
 from ..comfyui.graphs import all_inputs, frozen
-from ..comfyui.stub_host import schemas
+from ..comfyui.stub_host import imported, schemas
 
 DATA = host_module.ROOT / "tests" / "data"
 LISTS = {"transformer_lora", "vae_lora", "prompt", "checkpoint"}
@@ -89,3 +89,21 @@ def test_what_few_people_need_is_folded_away(nodes):
     assert shown == ["size", "size.factor", "size.pixels", "strength", "color_fix"]
     assert (settings["tile"]["default"], settings["tile_batch"]["default"]) == (0, 0)
     assert settings["color_fix.wavelet_levels"]["default"] == 0
+
+
+def test_an_old_host_gets_the_same_nodes_without_the_options_that_it_lacks(nodes, monkeypatch):
+    old = schemas(monkeypatch, old=True)
+    assert {name: frozen(node) for name, node in old.items()} == {name: frozen(node) for name, node in nodes.items()}
+    assert not any(node["search_aliases"] for node in old.values())
+    assert not any("advanced" in options for node in old.values() for _, _, options in all_inputs(node))
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("misspelt", ["search_alias", "is_output", "tooltips"])
+def test_a_misspelt_option_is_refused(old, misspelt, monkeypatch):
+    with imported(monkeypatch, old) as package:
+        schema = package.host.schema
+        with pytest.raises(TypeError, match=misspelt):
+            schema.Schema(node_id="A", display_name="B", description="C", inputs=[], outputs=[], **{misspelt: ""})
+        with pytest.raises(TypeError, match=misspelt):
+            schema.field(schema.io.Int, "x", **{misspelt: ""})

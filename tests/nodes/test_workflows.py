@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ..support.node_scanner import node_ids
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "workflows"
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
@@ -110,22 +112,9 @@ def test_each_workflow_has_a_thumbnail_of_its_own():
     assert len(list(FOLDER.glob("*.jpg"))) == len(thumbnails)
 
 
-def test_the_published_pack_holds_what_a_host_needs():
-    """.comfyignore leaves out what only developers need, and nothing else."""
-    lines = (ROOT / ".comfyignore").read_text().split()
-    assert all(line.startswith("/") and line.strip("/") for line in lines), "a name without / would match in any folder"
-    left_out = tuple(line.strip("/") for line in lines)
-    needed = ["__init__.py", "nodes", "tsdsr_core/pipeline.py", "tsdsr_core/assets", "web", "locales", "workflows", "subgraphs",
-              "docs/examples", "docs/commands.md", "constraints.txt", "pyproject.toml", "LICENSE", "README.md"]  # fmt: skip
-    for name in needed:
-        assert (ROOT / name).exists()
-        assert not any(name == prefix or name.startswith(f"{prefix}/") or prefix.startswith(f"{name}/") for prefix in left_out)
-
-
 def test_every_node_has_a_help_page():
     used = {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
-    names = {line.split('"')[1] for path in (ROOT / "nodes").glob("*.py") for line in path.read_text().splitlines()
-             if line.strip().startswith('"TSDSR')}  # fmt: skip
+    names = node_ids(ROOT / "nodes")
     assert len(names) == 10
     assert used == names
     for name in names:

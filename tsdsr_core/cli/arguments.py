@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import InputError
+from ..families.bundle_header import read_description
 from ..families.folder import folder_family
 from ..families.load import load
 from ..system.atomic import no_file
@@ -118,6 +119,8 @@ def load_model(options: argparse.Namespace, device: torch.device, dtype: torch.d
     check_strengths(options)
     path = Path(options.model)
     if options.model == "builtin" or path.is_file():
+        if options.model != "builtin":
+            read_description(path, "merged")  # first says what the file is, before which options it takes
         if options.lora_dir or options.embedding_dir or options.vae or has_strengths(options):
             raise InputError(
                 f"--lora-dir, --embedding-dir, --vae and LoRA strengths need a model folder as --model, not {options.model}"

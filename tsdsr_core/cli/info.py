@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..checks import some
 from ..errors import InputError
 from ..families import FAMILIES, family_of
 from ..families.bundle import is_bundle, read_bundle
@@ -17,9 +18,11 @@ from ..families.load import from_bundle, published_shapes
 from ..families.record import Family
 from ..system.atomic import one_line
 from ..weights import float8
+from ..weights.kinds import recognise_file
 from ..weights.lora import TRANSFORMER_FILE, VAE_FILE, Lora, check_fit, load_lora, misfits
-from ..weights.prompt import POOLED_FILE, POOLED_KEY, TOKENS_FILE, TOKENS_KEY, PromptEmbeds, load_prompt
-from ..weights.reading import PICKLED, open_tensors
+from ..weights.peft_config import PEFT_FILE
+from ..weights.prompt import POOLED_FILE, POOLED_KEY, TOKENS_FILE, TOKENS_KEY, PromptEmbeds, load_prompt, pair_of
+from ..weights.reading import PICKLED, is_safetensors, tensor_shapes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +54,10 @@ def describe(path: Path, model: Path | None) -> dict[str, Any]:
         facts = _folder(path, model)
     elif is_bundle(path):
         facts = _bundle(path, model)
-    elif path.is_file() and (path.suffix.lower() == PICKLED or _is_prompt(path)):
+    elif path.is_file() and (_is_pair(path) or _is_prompt(path)):
         facts = _prompt(load_prompt(path))
+    elif path.is_file() and (kind := recognise_file(path)) and not kind.is_lora:
+        facts = {"kind": kind.name.removeprefix("a "), "use": kind.use, "fits": kind.fits, "checked": "the header of the file"}
     else:
         facts = _loras([load_lora(path)], model)
     if model and facts["checked"] != f"against {model}":
@@ -65,6 +70,8 @@ def _folder(path: Path, model: Path | None) -> dict[str, Any]:
     if parts:
         return _model_folder(path, parts)
     files = {"transformer": path / TRANSFORMER_FILE, "vae": path / VAE_FILE}
+    if (path / PEFT_FILE).is_file() and not all(file.is_file() for file in files.values()):
+        return _loras([load_lora(path / PEFT_FILE)], model)
     loras = [load_lora(file, part) for part, file in files.items()] if any(f.is_file() for f in files.values()) else []
     facts = _loras(loras, model) if loras else {}
     if (path / TOKENS_FILE).is_file():
@@ -102,6 +109,10 @@ def _loras(loras: list[Lora], model: Path | None) -> dict[str, Any]:
     for lora in loras:
         ranks = sorted({pair.rank for pair in lora.pairs.values()})
         facts[lora.target] = f"{len(lora.pairs)} modules of rank {', '.join(map(str, ranks))}"
+        facts[f"{lora.target} alpha"] = (
+            f"{_several(lora, 'alpha')} ({lora.alpha_source or 'the rank, since the file gives none'})"
+        )
+        facts[f"{lora.target} strength"] = f"{_several(lora, 'scale')} (alpha / rank)"
         shapes = folder_shapes(model, lora.target) if model else published_shapes(family, lora.target)
         try:
             check_fit(lora, shapes)
@@ -118,6 +129,11 @@ def _family_of_lora(loras: list[Lora]) -> Family:
         if not any(misfits(lora, published_shapes(family, lora.target)) for lora in loras):
             return family
     return adapted[0]
+
+
+def _several(lora: Lora, name: str) -> str:
+    """The values of an attribute of the pairs, each once."""
+    return some([f"{value:.6g}" for value in sorted({getattr(pair, name) for pair in lora.pairs.values()})])
 
 
 def _bundle(path: Path, model: Path | None) -> dict[str, Any]:
@@ -150,6 +166,9 @@ def _prompt(prompt: PromptEmbeds) -> dict[str, Any]:
     return {"kind": "prompt embeddings", "tokens": tokens, "pooled": pooled, "fits": bool(fitting), "checked": checked}
 
 
+def _is_pair(path: Path) -> bool:
+    return path.suffix.lower() == PICKLED and pair_of(path) is not None
+
+
 def _is_prompt(path: Path) -> bool:
-    with open_tensors(path) as file:
-        return set(file.keys()) == {TOKENS_KEY, POOLED_KEY}
+    return is_safetensors(path) and tensor_shapes(path).keys() == {TOKENS_KEY, POOLED_KEY}

@@ -12,6 +12,7 @@ from ..colour import WAVELET_LEVELS_RANGE
 from ..errors import InputError
 from ..image_size import PROCESS_SIZE_RANGE
 from ..system.atomic import no_file, reason
+from ..weights.kinds import recognise_file
 from ..weights.prompt import POOLED_KEY, TOKENS_KEY
 from ..weights.reading import open_tensors, parse_json
 from . import check_config_numbers, family_of
@@ -49,6 +50,9 @@ def read_description(path: Path, kind: str | None = None) -> dict[str, Any]:
     Raises:
         InputError: for a missing, damaged or unknown file, a newer version, invalid metadata, or the wrong kind.
     """
+    other = recognise_file(path) if path.is_file() and not is_bundle(path) else None
+    if other:
+        raise InputError(f"{path} is not a TSD-SR bundle but {other.name}: {other.use}")
     header, shapes = _header(path)
     if METADATA_KEY not in header:
         raise InputError(f"{path} is not a TSD-SR bundle (no {METADATA_KEY!r} metadata): make one with tsdsr bundle")
@@ -96,8 +100,7 @@ def _header(path: Path) -> tuple[dict[str, str], Shapes]:
     if not path.is_file():
         raise InputError(f"{path} {no_file(path)}")
     with open_tensors(path) as file:
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-        return file.metadata() or {}, shapes
+        return file.metadata(), {key: file.shape(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
 
 
 def _check(description: Mapping[str, Any]) -> None:

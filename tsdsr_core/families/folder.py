@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,10 @@ def find_weights(folder: Path) -> WeightFiles:
                 return WeightFiles(files, variant, suffix == "safetensors")
     if strays:
         raise strays[0]
+    if others := [name for name in names if name.lower().endswith(".gguf")]:
+        raise InputError(
+            f"{folder} has only quantised weights ({some(others)}): give the unquantised folder, with {_STEM}.safetensors"
+        )
     raise InputError(f"{folder} has no weights: expected {_STEM}.safetensors, a variant of it, or {_STEM}.bin")
 
 
@@ -200,11 +204,31 @@ def _part_config(folder: Path, part: str, family: Family) -> Config:
         raise InputError(
             f"{folder / CONFIG} is for a {config.get('_class_name')}: expected {expected.class_name}, as in {family.title}"
         )
+    if quantised := _quantisation(config):
+        raise InputError(
+            f"{folder / CONFIG} is for {quantised} weights, onto which LoRAs cannot be merged: give the unquantised folder, "
+            "such as stabilityai/stable-diffusion-3-medium-diffusers; tsdsr bundle --merge with --eight-bit or --int8 makes it "
+            "smaller"
+        )
     try:
         check_config_numbers(expected, config, required=False)
     except ValueError as error:
         raise InputError(f"{folder / CONFIG} is invalid: {error}") from error
     return config
+
+
+def _quantisation(config: Mapping[str, Any]) -> str | None:
+    """Words for the quantisation that a configuration names; None for unquantised weights.
+
+    diffusers would ask to install a package for most of them, and then needs a GPU.
+    """
+    settings = config.get("quantization_config")
+    if not settings:
+        return None
+    if not isinstance(settings, dict):
+        return "quantised"
+    bits = next((f", {bits} bits" for bits in (4, 8) if settings.get(f"load_in_{bits}bit")), "")
+    return f"quantised ({settings.get('quant_method', 'by an unnamed method')}{bits})"
 
 
 def _read_config(file: Path) -> Config:

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..checks import some
 from ..errors import InputError
 from ..system.atomic import no_file
 from ..system.device import choose_device, choose_dtype
 from ..weights import float8, int8
 from ..weights.lora import TRANSFORMER_FILE, VAE_FILE, Lora, check_fit, load_lora, merge_lora, weight_shapes
 from ..weights.prompt import TOKENS_FILE, PromptEmbeds, load_prompt
+from ..weights.reading import is_finite
 from . import family_of
 from .bundle import BUILTIN, Bundle, read_bundle, vae_weights
 from .bundle_header import WRONG_KIND, is_bundle
@@ -136,12 +138,23 @@ def from_bundle(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Res
     """Build the model of a model bundle; 8-bit and int8 weights are expanded to ``dtype``.
 
     Raises:
-        InputError: for a LoRA bundle, or weights that do not match the stored configuration.
+        InputError: for a LoRA bundle, weights that do not match the stored configuration, or exceed the range of ``dtype``.
     """
     if bundle.kind != "merged":
         raise InputError(WRONG_KIND["merged"])
     family = family_of(bundle.configs)
     weights = {"transformer": bundle.transformer_weights(dtype), "vae": bundle.vae}
+    casts = bundle.eight_bit or bundle.int8  # else those that have another type
+    beyond = [
+        name
+        for name, stored in weights["transformer"].items()
+        if (casts or stored.dtype != dtype) and not is_finite(stored.to(dtype))
+    ]
+    if beyond:
+        raise InputError(
+            f"{bundle.source} has weights of the transformer that exceed the range of {dtype} in {some(beyond)}: choose bf16 "
+            "or fp32, or make the bundle again"
+        )
     try:
         transformer, vae = (
             _from_weights(family, part, bundle.configs[part], weights[part], bundle.folded) for part in ("transformer", "vae")

@@ -8,7 +8,7 @@ also be in the file's header (see ``lora_alpha``); if it is nowhere, it is the r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,22 +17,13 @@ from torch import Tensor, nn
 from ..checks import some
 from ..errors import InputError
 from ..system.atomic import no_file
-from .lora_alpha import header_alphas, read_peft_config
-from .reading import check_weights, read_tensors
+from .kinds import recognise
+from .lora_alpha import Alphas, has_alpha, header_alphas
+from .lora_keys import factor_shapes, split_key, target_of
+from .peft_config import read_peft_config
+from .reading import check_weights, is_finite, read_tensors
 
 TRANSFORMER_FILE, VAE_FILE = "transformer.safetensors", "vae.safetensors"
-_PREFIXES = ("base_model.model.", "transformer.", "vae.")
-_ENDINGS = (
-    (".lora_A.weight", "down"), (".lora_B.weight", "up"), (".alpha", "alpha"),
-    (".lora_A.default.weight", "down"), (".lora_B.default.weight", "up"),  # a model saved with the name of its adapter
-)  # fmt: skip
-_OTHER_KINDS = {
-    "lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", ".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT",
-    ".lora_mid.": "a Tucker-decomposed LoRA", ".lora_B.bias": "a LoRA with biases", ".diff": "full differences",
-    ".lora_down.": "a LoRA under the names of kohya's trainers", ".lora_up.": "a LoRA under the names of kohya's trainers",
-    ".lora.down.": "a LoRA under the names of old diffusers", ".lora.up.": "a LoRA under the names of old diffusers",
-}  # fmt: skip
-"""Parts of keys by which unsupported kinds of adapters are recognised."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +39,11 @@ class LoraPair:
     @property
     def rank(self) -> int:
         return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """``alpha / r``, the strength of the pair as it is published."""
+        return self.alpha / self.rank
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -68,6 +64,8 @@ class Lora:
     """ "transformer" or "vae"."""
     pairs: Mapping[str, LoraPair]
     """Factors by module name in diffusers' layout."""
+    alpha_source: str = field(default="", compare=False)
+    """Where alpha comes from, for people; "" if the file does not give it."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors by PEFT's keys without a prefix; the inverse of ``parse_lora``."""
@@ -94,8 +92,10 @@ def load_lora(path: Path, expected: str | None = None) -> Lora:
     tensors, metadata = read_tensors(path)
     tensors = {key: tensor.float() if key.endswith(".alpha") else tensor for key, tensor in tensors.items()}  # may be int
     check_weights(path, tensors)
+    shapes = factor_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    own = [module for _, module, part in map(split_key, tensors) if part == "alpha"]
     try:
-        lora = parse_lora(tensors, metadata, read_peft_config(path))
+        lora = parse_lora(tensors, metadata, read_peft_config(path, shapes, has_alpha(metadata, own, shapes)))
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     if expected and lora.target != expected:
@@ -122,7 +122,7 @@ def parse_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
     parts: dict[str, dict[str, Tensor]] = {}
     foreign, again, prefixes = [], [], set()
     for key, tensor in tensors.items():
-        prefix, module, part = _split(key)
+        prefix, module, part = split_key(key)
         if part is None:
             foreign.append(key)
         elif parts.setdefault(module, {}).setdefault(part, tensor) is not tensor:
@@ -130,7 +130,7 @@ def parse_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
         else:
             prefixes.add(prefix)
     if foreign or not parts:
-        raise InputError(_foreign(foreign) if foreign else "the LoRA is empty")
+        raise InputError(_foreign(tensors, foreign) if foreign else "the LoRA is empty")
     if again:
         raise InputError(f"the LoRA has some modules twice, under different prefixes: {some(again)}")
     broken = [name for name, found in parts.items() if not _multiplies(found)]
@@ -140,13 +140,8 @@ def parse_lora(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
     if len(targets) > 1:
         raise InputError("the LoRA has modules of both the transformer and the VAE: expected one file for each")
     alphas = _alphas(parts, metadata or {}, prefixes.pop() if len(prefixes) == 1 else "", peft)
-    pairs = {name: LoraPair(found["down"], found["up"], alphas[name]) for name, found in parts.items()}
-    return Lora(targets.pop(), pairs)
-
-
-def target_of(module: str) -> str:
-    """ "vae" for a module of the autoencoder, else "transformer"."""
-    return "vae" if module.split(".")[0] in ("encoder", "decoder", "quant_conv", "post_quant_conv") else "transformer"
+    pairs = {name: LoraPair(found["down"], found["up"], alphas.values[name]) for name, found in parts.items()}
+    return Lora(targets.pop(), pairs, alphas.source)
 
 
 def misfits(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -189,7 +184,8 @@ def merge_lora(model: nn.Module, lora: Lora, strength: float = 1.0) -> int:
         The number of changed modules.
 
     Raises:
-        InputError: if a module does not fit; nothing is changed then.
+        InputError: if a module does not fit; nothing is changed then. Also if the result exceeds the range of a weight's type;
+            the model is of no use then.
 
     >>> model = nn.Sequential(nn.Linear(8, 4))
     >>> before = model[0].weight.clone()
@@ -203,27 +199,20 @@ def merge_lora(model: nn.Module, lora: Lora, strength: float = 1.0) -> int:
     for name, pair in lora.pairs.items():
         weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
         weight.copy_(weight.float() + pair.delta(strength).to(weight.device))
+        if not is_finite(weight):
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise InputError(
+                f"the {lora.target} LoRA at strength {strength:g} takes {name} beyond the range of {kind}: lower its strength "
+                f"(the file gives {pair.scale:g}), or choose bf16 or fp32"
+            )
     return len(lora.pairs)
 
 
-def _split(key: str) -> tuple[str, str, str | None]:
-    """Split a LoRA key into prefix, module name and part ("down", "up", "alpha"); the part is None for other keys."""
-    found = ""
-    for prefix in _PREFIXES:
-        if key.startswith(prefix):
-            key, found = key.removeprefix(prefix), prefix
-    for ending, part in _ENDINGS:
-        if key.endswith(ending):
-            return found.removesuffix("."), key.removesuffix(ending), part
-    return found, key, None
-
-
-def _foreign(keys: list[str]) -> str:
-    for part, kind in _OTHER_KINDS.items():
-        named = [key for key in keys if part in key]
-        if named:
-            return f"this is {kind} ({some(named)}), which is not supported: expected a LoRA with PEFT's keys"
-    return f"not a PEFT LoRA: unexpected keys {some(keys)}"
+def _foreign(tensors: Mapping[str, Tensor], keys: list[str]) -> str:
+    kind = recognise({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    if kind is None or kind.fits:
+        return f"not a PEFT LoRA: unexpected keys {some(keys)}" + (f"; this is {kind.name}: {kind.use}" if kind else "")
+    return f"this is {kind.name} ({some(keys)}), which is not supported: {kind.use}"
 
 
 def _multiplies(found: Mapping[str, Tensor]) -> bool:
@@ -235,9 +224,7 @@ def _multiplies(found: Mapping[str, Tensor]) -> bool:
     return (linear or convolution) and up.shape[1] == down.shape[0] > 0
 
 
-def _alphas(
-    parts: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str], prefix: str, peft: str | None
-) -> dict[str, float]:
+def _alphas(parts: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str], prefix: str, peft: str | None) -> Alphas:
     """Alpha of each module: from its tensor, otherwise from the header, otherwise the rank."""
     own = {}
     for name, found in parts.items():
@@ -246,4 +233,5 @@ def _alphas(
                 raise InputError(f"{name}.alpha has the shape {tuple(found['alpha'].shape)}: expected one number")
             own[name] = float(found["alpha"])
     shapes = {name: tuple(found["down"].shape) for name, found in parts.items()}
-    return {name: float(shape[0]) for name, shape in shapes.items()} | header_alphas(metadata, prefix, shapes, own, peft)
+    given = header_alphas(metadata, prefix, shapes, own, peft)
+    return Alphas({name: float(shape[0]) for name, shape in shapes.items()} | dict(given.values), given.source)

@@ -3,7 +3,7 @@
 Sources:
 
 - ``lora_adapter_metadata``: PEFT's ``LoraConfig`` as JSON, written by diffusers, keys prefixed by the part of the pipeline;
-- ``adapter_config.json`` beside ``adapter_model.safetensors``: the same, written by PEFT;
+- ``adapter_config.json`` beside the file (see ``peft_config``): the same, written by PEFT;
 - ``ss_network_alpha`` of kohya's trainers, with ``conv_alpha`` in ``ss_network_args``; ``lora_alpha``; ``network_alpha``.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..checks import is_bounded
@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..system.atomic import reason
 from .reading import parse_json
 
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PEFT = "adapter_config.json"
 _DIFFUSERS = "lora_adapter_metadata"
 _PLAIN = ("ss_network_alpha", "network_alpha", "lora_alpha")
 _TOLERANCE = 0.01
@@ -39,25 +39,25 @@ FactorShapes = Mapping[str, tuple[int, ...]]
 """Shape of the down factor of each module: (rank, ...), four axes for a convolution."""
 
 
-def read_peft_config(path: Path) -> str | None:
-    """The text of PEFT's configuration beside ``path``; None if there is none, or if the file is not named as by PEFT.
+@dataclass(frozen=True)
+class Alphas:
+    """What a LoRA file says about alpha."""
 
-    Raises:
-        InputError: if it cannot be read.
-    """
-    config = path.with_name(PEFT_CONFIG)
-    if path.name != PEFT_FILE or not config.is_file():
-        return None
-    try:
-        return config.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{config} cannot be read: {reason(error)}") from error
+    values: Mapping[str, float]
+    """By module, so that ``W' = W + alpha / rank B A``; only for modules whose alpha is given somewhere."""
+    source: str
+    """Where they come from; "" if alpha is given nowhere."""
+
+
+def has_alpha(metadata: Mapping[str, str], own: Collection[str], modules: Collection[str]) -> bool:
+    """Whether a file gives alpha by itself: for all ``modules``, of which ``own`` have a tensor of it, or in its header."""
+    return set(own) >= set(modules) or _DIFFUSERS in metadata or any(name in metadata for name in _PLAIN)
 
 
 def header_alphas(
     metadata: Mapping[str, str], prefix: str, shapes: FactorShapes, own: Mapping[str, float], peft: str | None = None
-) -> dict[str, float]:
-    """Alpha by module, so that ``W' = W + alpha / rank B A``; only for modules whose alpha is given somewhere.
+) -> Alphas:
+    """Alpha by module from a file's tensors, its header and PEFT's configuration.
 
     Args:
         metadata: the safetensors file's metadata.
@@ -69,17 +69,22 @@ def header_alphas(
     Raises:
         InputError: for a header that cannot be read, contradicts itself or the tensors, or belongs to an unsupported adapter.
     """
-    alphas = dict(own) if own.keys() >= shapes.keys() else _plain(metadata, shapes) | dict(own)
-    for name, text in ((_DIFFUSERS, metadata.get(_DIFFUSERS)), (PEFT_CONFIG, peft)):
+    plain = {} if own.keys() >= shapes.keys() else _plain(metadata, shapes)
+    alphas = plain | dict(own)
+    sources = [name for name, found in (("the file's header", plain), (".alpha tensors", own)) if found]
+    for name, text in ((_DIFFUSERS, metadata.get(_DIFFUSERS)), (_PEFT, peft)):
         if text is None:
             continue
         try:
-            found = _configured(_section(_mapping(text), prefix), shapes)
+            settings = _section(parse_settings(text), prefix)
+            found = _configured(settings, shapes)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
         _agree(alphas, found, f"{name} differs from the rest of the file")
         alphas |= found
-    return alphas
+        if found:
+            sources = [f"{name}, rsLoRA: times the root of the rank" if settings.get("use_rslora") else name]
+    return Alphas(alphas, " and ".join(sources))
 
 
 def _agree(one: Mapping[str, float], other: Mapping[str, float], why: str) -> None:
@@ -92,7 +97,12 @@ def _agree(one: Mapping[str, float], other: Mapping[str, float], why: str) -> No
             )
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def parse_settings(text: str) -> dict[str, Any]:
+    """Settings that are written as a JSON object.
+
+    Raises:
+        InputError: for anything else.
+    """
     try:
         value = parse_json(text)
     except ValueError as error:
@@ -130,12 +140,21 @@ def _configured(config: Mapping[str, Any], shapes: FactorShapes) -> dict[str, fl
         raise InputError(f"init_lora_weights {start!r} changes the base model too: convert it to a plain LoRA with PEFT")
     alphas = {}
     for module, shape in shapes.items():
-        rank = _by_pattern(config, "rank_pattern", "r", module)
+        rank = rank_of(config, module)
         if rank != shape[0]:
             raise InputError(f"rank {rank:g} for {module}, but its tensors have rank {shape[0]}: they do not belong together")
         alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", module)
         alphas[module] = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
     return alphas
+
+
+def rank_of(config: Mapping[str, Any], module: str) -> float:
+    """The rank that PEFT's settings give ``module``.
+
+    Raises:
+        InputError: if it is missing or no number.
+    """
+    return _by_pattern(config, "rank_pattern", "r", module)
 
 
 def _by_pattern(config: Mapping[str, Any], patterns: str, name: str, module: str) -> float:
@@ -166,7 +185,7 @@ def _plain(metadata: Mapping[str, str], shapes: FactorShapes) -> dict[str, float
             alphas |= each
     arguments = metadata.get("ss_network_args")
     try:
-        conv = _mapping(arguments) if arguments not in (None, "", "None", "null") else {}
+        conv = parse_settings(arguments) if arguments not in (None, "", "None", "null") else {}
     except ValueError as error:
         raise InputError(f"ss_network_args: {error}") from error
     if "conv_dim" in conv or "conv_alpha" in conv:

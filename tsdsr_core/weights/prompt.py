@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import some
 from ..errors import InputError
 from ..system.atomic import no_file, write_tensors
+from .kinds import recognise
 from .reading import PICKLED, check_weights, is_finite, load_pickle, open_tensors
 
 TOKENS_FILE, POOLED_FILE = "prompt_embeds.pt", "pool_embeds.pt"
@@ -116,7 +117,9 @@ def load_prompt(path: Path) -> PromptEmbeds:
     with open_tensors(path) as file:
         keys = set(file.keys())
         if not {TOKENS_KEY, POOLED_KEY} <= keys:
-            raise InputError(f"{path} has the keys {some(sorted(keys))}: expected {TOKENS_KEY} and {POOLED_KEY}")
+            kind = recognise({key: file.shape(key) for key in keys})
+            what = f"{path} is {kind.name}" if kind else f"{path} has the keys {some(sorted(keys))}"
+            raise InputError(f"{what}: expected {TOKENS_KEY} and {POOLED_KEY}")
         tensors = {key: file.get_tensor(key) for key in (TOKENS_KEY, POOLED_KEY)}
     check_weights(path, tensors)
     return _prompt(path, tensors[TOKENS_KEY], tensors[POOLED_KEY])

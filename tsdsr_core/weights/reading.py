@@ -27,10 +27,51 @@ _OPEN_FILES = "/dev/fd"
 """The folder in which POSIX systems show a process its open files."""
 _SNIFFED = 1024
 """Bytes of a file by which its kind is recognised."""
+_FLOATS = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+"""Types of weights in safetensors files that torch calculates with, and torch's names of them."""
+_OTHERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64")
+"""Types that torch holds, but that no weights have."""
+_WANTED = "expected floating-point weights of at least 8 bits with a sign (F32, F16, BF16, F8_E4M3, ...)"
+_LONGEST_HEADER = 100_000_000
+"""Bytes of a header that safetensors accepts."""
+
+
+class TensorFile:
+    """An open safetensors file; a tensor whose type torch cannot calculate with is an ``InputError`` that names both."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self._path, self._file = path, file
+
+    def keys(self) -> list[str]:
+        return list(self._file.keys())
+
+    def metadata(self) -> dict[str, str]:
+        return self._file.metadata() or {}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor in elements; the tensor is not read."""
+        return tuple(self._file.get_slice(key).get_shape())
+
+    def get_slice(self, key: str) -> Any:
+        """A view of which parts can be read by indexing."""
+        self._check(key)
+        return self._file.get_slice(key)
+
+    def get_tensor(self, key: str) -> Tensor:
+        self._check(key)
+        return self._file.get_tensor(key)
+
+    def _check(self, key: str) -> None:
+        kind = str(self._file.get_slice(key).get_dtype())
+        if kind not in _FLOATS and kind not in _OTHERS:
+            raise InputError(f"{self._path} holds {kind} numbers in {key}: {_WANTED}")
 
 
 @contextmanager
-def open_tensors(path: Path, again: str = _AGAIN) -> Iterator[Any]:
+def open_tensors(path: Path, again: str = _AGAIN) -> Iterator[TensorFile]:
     """Open an existing file with ``safetensors.safe_open``.
 
     Args:
@@ -42,8 +83,11 @@ def open_tensors(path: Path, again: str = _AGAIN) -> Iterator[Any]:
     _check_content(path, "a safetensors file", again)
     try:
         with _encodable(path) as name, safe_open(name, framework="pt") as file:
-            yield file
+            yield TensorFile(path, file)
     except SafetensorError as error:
+        if unknown := _unknown_type(path):
+            kind, key = unknown
+            raise InputError(f"{path} holds {kind} numbers in {key}: {_WANTED}") from error
         raise InputError(f"{path} is damaged, truncated or not a safetensors file: {again} ({reason(error)})") from error
 
 
@@ -79,19 +123,32 @@ def read_tensors(path: Path, again: str = _AGAIN) -> tuple[dict[str, Tensor], di
         InputError: as ``open_tensors``.
     """
     with open_tensors(path, again) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-        return tensors, file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+        return tensors, file.metadata()
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a safetensors file by key, from its header.
+
+    Raises:
+        InputError: as ``open_tensors``.
+    """
+    with open_tensors(path) as file:
+        return {key: file.shape(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
 
 
 def check_types(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ``InputError``, with ``path``, if a tensor does not hold floating-point numbers; values are not read."""
+    """Raise ``InputError``, with ``path``, if a tensor holds no floating-point numbers that torch calculates with.
+
+    Values are not read.
+    """
     odd = [key for key, tensor in tensors.items() if not is_dense(tensor)]
     if odd:
         raise InputError(f"{path} holds sparse, nested, quantised or empty tensors in {some(odd)}: expected dense ones")
-    foreign = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
+    kinds = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()}
+    foreign = [key for key, kind in kinds.items() if kind not in _FLOATS.values()]
     if foreign:
-        kind = str(tensors[foreign[0]].dtype).removeprefix("torch.")
-        raise InputError(f"{path} holds {kind} numbers in {some(foreign)}: expected floating-point weights")
+        raise InputError(f"{path} holds {kinds[foreign[0]]} numbers in {some(foreign)}: {_WANTED}")
 
 
 def check_weights(path: Path, tensors: Mapping[str, Tensor], again: str = _AGAIN) -> None:
@@ -157,14 +214,48 @@ def _encodable(path: Path) -> Iterator[Path]:
         yield path
 
 
-def _check_content(path: Path, expected: str, again: str = _AGAIN) -> None:
-    """Raise ``InputError`` if the first bytes of a file show that it is not ``expected``."""
+def _unknown_type(path: Path) -> tuple[str, str] | None:
+    """A type that safetensors does not know, as a newer version may, and a tensor of it; None if that is not the fault."""
     try:
         with path.open("rb") as file:
-            start = file.read(_SNIFFED)
+            length = int.from_bytes(file.read(8), "little")
+            header = parse_json(file.read(min(length, _LONGEST_HEADER)).decode())
+        kinds = {key: entry["dtype"] for key, entry in header.items() if key != "__metadata__"}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    known = {*_FLOATS, *_OTHERS}
+    return next(((kind, key) for key, kind in kinds.items() if isinstance(kind, str) and kind not in known), None)
+
+
+def _begins_safetensors(start: bytes) -> bool:
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors files do.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    return _begins_safetensors(first_bytes(path))
+
+
+def first_bytes(path: Path) -> bytes:
+    """The first bytes of an existing file, enough to recognise its kind.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(_SNIFFED)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {reason(error)}") from error
-    found = _kind(start, again)
+
+
+def _check_content(path: Path, expected: str, again: str = _AGAIN) -> None:
+    """Raise ``InputError`` if the first bytes of a file show that it is not ``expected``."""
+    found = _kind(first_bytes(path), again)
     if found is None or found[0] == expected:
         return
     kind, advice = found
@@ -176,7 +267,7 @@ def _kind(start: bytes, again: str) -> tuple[str, str] | None:
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not start:
         return "empty", again
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32:  # before text, as the length may look like it
+    if _begins_safetensors(start):  # before text, as the length may look like it
         return "a safetensors file", "rename it to .safetensors"
     if text.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer", f"run git lfs pull, or {again}"

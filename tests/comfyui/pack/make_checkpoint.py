@@ -19,5 +19,8 @@ autoencoder = comfy.diffusers_convert.convert_vae_state_dict(load_file(vae))
 weights = {f"model.diffusion_model.{key}": weight.contiguous() for key, weight in model.items()}
 weights |= {f"first_stage_model.{key}": weight.contiguous() for key, weight in autoencoder.items()}
 save_file(weights, f"{folder}/sd3_medium.safetensors")
-encoder = {f"text_encoders.clip_l.transformer.{key}": weight for key, weight in load_file(text).items()}
+start = (
+    "text_encoders.clip_l.transformer.text_model."  # the host looks for it; transformers left text_model out from version 5 on
+)
+encoder = {start + key.removeprefix("text_model."): weight for key, weight in load_file(text).items()}
 save_file(weights | encoder, f"{folder}/sd3_medium_incl_clips.safetensors")

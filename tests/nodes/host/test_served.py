@@ -16,6 +16,7 @@ def test_the_pack_is_imported_without_a_word_and_fast(host):
     assert not [line for line in log.splitlines() if "IMPORT FAILED" in line and host_module.PACK in line]
     seconds = float(re.search(rf"([\d.]+) seconds: .*{host_module.PACK}", log)[1])
     assert seconds < 0.5
+    assert "installed twice" not in log
     assert not [
         line for line in log.splitlines() if "tsd" in line.lower() and ("warn" in line.lower() or "error" in line.lower())
     ]

@@ -21,7 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ...families.bundle import read_bundle, write_bundle
 from ...families.load import from_bundle, load, merged_bundle
 from ...families.restorer import Restorer
-from ...families.sd3.config import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, TRANSFORMER_TARGETS, VAE_CONFIG, VAE_TARGETS
+from ...families.sd3.config import (
+    POOLED_SHAPE,
+    TOKENS_SHAPE,
+    TRANSFORMER_CONFIG,
+    TRANSFORMER_TARGETS,
+    VAE_CONFIG,
+    VAE_TARGETS,
+)
 from ...families.sd3.fold import fold
 from ...flow import TIMESTEP
 from ...pipeline import Model, Options, restore

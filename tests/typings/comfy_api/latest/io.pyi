@@ -1,6 +1,7 @@
 from typing import Any
 
 class Schema:
+    node_id: str
     inputs: list[Any]
 
     def __init__(self, **fields: Any) -> None: ...

@@ -30,7 +30,7 @@ FILES = {
         [f"{M}input_blocks.0.0.weight", f"{M}label_emb.0.0.weight", "conditioner.embedders.0.transformer.x.weight", *VAE],
         "a Stable Diffusion XL model, with VAE, with text encoders", False,
     ),
-    "SD1": ([f"{M}input_blocks.0.0.weight", "cond_stage_model.transformer.x.weight", *VAE], "a Stable Diffusion 1 model", False),
+    "SD1": ([f"{M}input_blocks.0.0.weight", "cond_stage_model.transformer.x.bias", *VAE], "a Stable Diffusion 1 model", False),
     "SD2": ([f"{M}input_blocks.0.0.weight", "cond_stage_model.model.x.weight", *VAE], "a Stable Diffusion 2 model", False),
     "SDXL in diffusers' layout": (
         ["down_blocks.0.resnets.0.conv1.weight", "time_embedding.linear_1.weight", "add_embedding.linear_1.weight"],
@@ -75,7 +75,7 @@ def test_a_file_is_named_by_info_and_by_every_reader(case, published, tmp_path, 
         assert name in line
         assert "encoder" in case or facts["use"] in line
     for read in (load_lora, load_prompt):
-        with pytest.raises(ValueError, match="x.safetensors") as caught:
+        with pytest.raises(ValueError, match=r"x\.safetensors") as caught:
             read(path)
         assert name in str(caught.value)
 

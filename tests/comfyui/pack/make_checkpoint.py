@@ -20,7 +20,7 @@ weights = {f"model.diffusion_model.{key}": weight.contiguous() for key, weight i
 weights |= {f"first_stage_model.{key}": weight.contiguous() for key, weight in autoencoder.items()}
 save_file(weights, f"{folder}/sd3_medium.safetensors")
 start = (
-    "text_encoders.clip_l.transformer.text_model."  # the host looks for it; transformers left text_model out from version 5 on
+    "text_encoders.clip_l.transformer.text_model."  # the host looks for it; transformers 5 leaves text_model out of a new model
 )
 encoder = {start + key.removeprefix("text_model."): weight for key, weight in load_file(text).items()}
 save_file(weights | encoder, f"{folder}/sd3_medium_incl_clips.safetensors")

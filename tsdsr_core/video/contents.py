@@ -18,7 +18,7 @@ from .reading import Clip
 from .sound import Recoder, SoundPlan
 from .timing import Clips, Timeline
 
-_OF_THE_FILE = {"major_brand", "minor_version", "compatible_brands", "encoder"}
+_OF_THE_FILE = {"major_brand", "minor_version", "compatible_brands", "encoder", "software", "wmfsdkversion", "wmfsdkneeded"}
 """Metadata that describe the old file, not its content."""
 _OF_THE_STREAM = ("language", "title", "handler_name")
 _CAMERA = ("make", "model", "location", "com.apple.quicktime.", "com.android.")
@@ -51,7 +51,10 @@ class Shift:
         self._timeline = timeline
         self._clips = Clips(timeline.joins)
         self._step = int(strict)
-        self._last: dict[int, int] = {}
+        self._next: dict[int, int] = {}
+        """The lowest time stamp for the next packet, by stream of the result."""
+        self._before: dict[int, int] = {}
+        """The time stamp of the last packet."""
 
     def moved(self, packet: Any) -> Any:
         """``packet``, its time stamps counted from the result's start."""
@@ -61,21 +64,21 @@ class Shift:
         """``packet`` for ``stream``, moved, and not before the one that was written last."""
         self._counted(packet, cast(Fraction, stream.time_base))
         if packet.dts is not None:
-            first = self._last.get(stream.index)
-            if first is not None and packet.dts < first:
-                packet.dts = first
-                packet.pts = None if packet.pts is None else max(packet.pts, first)
-            self._last[stream.index] = packet.dts + self._step
+            time = max(packet.dts, self._next.get(stream.index, packet.dts))
+            packet.dts, packet.pts = time, None if packet.pts is None else max(packet.pts, time)
+            if stream.type == "audio" and not packet.duration:  # of the last one MP4 wants it, or it is not played
+                packet.duration = time - self._before.get(stream.index, time)
+            self._next[stream.index], self._before[stream.index] = time + self._step, time
         packet.stream = stream
         return packet
 
     def _counted(self, packet: Any, unit: Fraction) -> Any:
         """Moved and counted in ``unit``."""
         added = self._timeline.added(self._clips.of(packet), packet.time_base)
-        dts = packet.dts if packet.dts is not None else packet.pts
-        times = [None if time is None else time + added for time in (packet.pts, dts)]
         factor = packet.time_base / unit
-        packet.pts, packet.dts = (None if time is None else round(time * factor) for time in times)
+        pts, dts = packet.pts, packet.dts if packet.dts is not None else packet.pts
+        packet.pts = None if pts is None else round((pts + added) * factor)
+        packet.dts = None if dts is None else round((dts + added) * factor)
         packet.duration, packet.time_base = round((packet.duration or 0) * factor), unit
         return packet
 
@@ -184,7 +187,7 @@ def _template(stream: Stream, sink: OutputContainer) -> Stream:
 
 def written(contents: Contents, shift: Shift, packet: Packet[Any]) -> list[Packet[Any]]:
     """The packets of the result that one of the source gives."""
-    index = packet.stream_index
+    index = packet.stream.index
     if index in contents.coders:
         return contents.coders[index].decoded(shift.moved(packet) if packet.size else packet)
     if not packet.size:  # it only marks the end

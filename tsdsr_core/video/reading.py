@@ -124,9 +124,9 @@ def _decoded(path: Path, container: InputContainer, video: VideoStream, timeline
     for packet in packets(container, *container.streams):
         if packet.pts is not None:
             end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
-        if packet.stream_index in covers and packet.size:
-            pictures.append((packet.stream_index, bytes(packet)))
-        if packet.stream_index != video.index:
+        if packet.stream.index in covers and packet.size:
+            pictures.append((packet.stream.index, bytes(packet)))
+        if packet.stream.index != video.index:
             continue
         if packet.size and packet.dts is not None:
             decoding.append(packet.dts)

@@ -20,7 +20,7 @@ from av.packet import Packet
 from ..errors import InputError
 from .formats import WRITTEN
 from .reading import opened
-from .timing import packets
+from .timing import kind, packets
 
 _ENOUGH = 64
 """Packets at the start of a track by which it shows what a container holds."""
@@ -29,10 +29,12 @@ _LOSSLESS, _LOSSY = ("flac", "alac", "aac"), ("aac",)
 _RATE = 128_000
 """Bits per second and channel of AAC, and the bits that it may use at most per sample."""
 _MOST = 6
+_UNSAFE = {"tta"}
+"""MKV does not store TTA's length; FFmpeg takes that of the whole file, and then drops the end of a shorter sound."""
 _SHOWN = {"flac": "FLAC", "alac": "ALAC", "aac": "AAC"}
 
 
-_Track = tuple[AudioStream, list[Packet[Any]]]
+_Track = tuple[AudioStream, list[Any]]
 """A sound track, and its first packets."""
 
 
@@ -123,6 +125,8 @@ class Recoder:
             context.bit_rate = cast(Any, self.stream).channels * min(_RATE, _MOST * self._rate)
         context.open()
         self._layout = coder.layout
+        # AVI has no times of its sound, only how much there is, and FFmpeg's are wrong for some formats
+        self._fills = int(kind(cast(Any, source.container)) != "avi")
         self._graph: Graph | None = None
         self._shape: tuple[Any, ...] = ()
         self._next: int | None = None
@@ -162,8 +166,8 @@ class Recoder:
         wanted = f"sample_fmts={self._format}:sample_rates={self._rate}:channel_layouts={self._layout}"
         graph.link_nodes(
             graph.add_abuffer(time_base=frame.time_base, **shape),
-            graph.add("aresample", "async=1"), graph.add("aformat", wanted), graph.add("asetnsamples", f"n={size}:p=0"),
-            graph.add("abuffersink"),
+            graph.add("aresample", f"async={self._fills}"), graph.add("aformat", wanted),
+            graph.add("asetnsamples", f"n={size}:p=0"), graph.add("abuffersink"),
         ).configure()  # fmt: skip
         return graph
 
@@ -195,10 +199,10 @@ def _first_packets(source: Any) -> list[_Track]:
     missing = set(found)
     if missing:
         for packet in packets(source, *source.streams.audio):
-            if packet.size and packet.stream_index in missing:
-                found[packet.stream_index].append(packet)
-                if len(found[packet.stream_index]) == _ENOUGH:
-                    missing.remove(packet.stream_index)
+            if packet.size and packet.stream.index in missing:
+                found[packet.stream.index].append(packet)
+                if len(found[packet.stream.index]) == _ENOUGH:
+                    missing.remove(packet.stream.index)
             if not missing:
                 break
     return tracks
@@ -206,16 +210,18 @@ def _first_packets(source: Any) -> list[_Track]:
 
 def _holds(container: str, stream: AudioStream, found: list[Packet[Any]]) -> bool:
     """Whether packets of a track can be written and read again as what they were."""
-    if stream.codec_context is None:
+    if stream.codec_context is None or stream.codec_context.name in _UNSAFE:
         return False
     buffer = BytesIO()
     try:
         with av.open(buffer, "w", format=container) as sink:
             new = sink.add_stream_from_template(stream, opaque=True)
+            time = 0  # not the file's, which may go back
             for packet in found:
                 copy: Any = av.Packet(bytes(packet))
-                copy.pts, copy.dts, copy.duration = packet.pts, packet.dts, packet.duration
-                copy.time_base, copy.stream = packet.time_base, new
+                copy.pts = copy.dts = time
+                copy.duration, copy.time_base, copy.stream = packet.duration, packet.time_base, new
+                time += max(1, packet.duration or 0)
                 sink.mux(copy)
         return _is_read(buffer, stream.sample_rate, stream.channels)
     except (av.FFmpegError, ValueError):

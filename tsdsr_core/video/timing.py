@@ -46,8 +46,8 @@ class Clips:
     def of(self, packet: Packet[Any]) -> int:
         """Its number; a packet whose position is not known belongs to that of the one before in its stream."""
         if packet.pos is not None:
-            self._last[packet.stream_index] = bisect_right(self._joins, packet.pos)
-        return self._last.get(packet.stream_index, 0)
+            self._last[packet.stream.index] = bisect_right(self._joins, packet.pos)
+        return self._last.get(packet.stream.index, 0)
 
 
 def kind(container: InputContainer) -> str:
@@ -95,8 +95,8 @@ def find_joins(container: InputContainer, video: VideoStream) -> tuple[int, ...]
     shown = _Track()
     tracks = {**sound, video.index: shown}
     for packet in packets(container, *container.streams):
-        if packet.stream_index in tracks and packet.size:
-            tracks[packet.stream_index].see(packet)
+        if packet.stream.index in tracks and packet.size:
+            tracks[packet.stream.index].see(packet)
     found = []
     for before, after, back in shown.jumps:
         with_it = [
@@ -118,7 +118,7 @@ def lay_out(container: InputContainer, video: VideoStream, joins: tuple[int, ...
     clips = Clips(joins)
     for packet in packets(container, *container.streams):
         stamp = packet.pts if packet.pts is not None else packet.dts
-        if packet.stream_index not in lasting or not packet.size or stamp is None:
+        if packet.stream.index not in lasting or not packet.size or stamp is None:
             continue
         clip, first = clips.of(packet), stamp * packet.time_base
         last = first + (packet.duration or 0) * packet.time_base

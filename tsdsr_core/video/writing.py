@@ -85,7 +85,7 @@ def _write(
         shift, decoder, number = Shift(clip.timeline, container != "matroska"), Decoder(video, clip.timeline), 0
         durations: dict[int, int] = {}  # of the frames in the encoder, by time stamp; it loses them
         for packet in packets(source, video, *contents.streams(source)):
-            if packet.stream_index != video.index:
+            if packet.stream.index != video.index:
                 with _writing(target):
                     sink.mux(written(contents, shift, packet))
                 continue

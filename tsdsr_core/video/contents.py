@@ -129,7 +129,7 @@ def add_contents(
         elif (new := _copy_of(stream, sink)) is not None:
             contents.copied[stream.index] = new
         else:
-            name = getattr(stream.codec_context, "name", None) or stream.name or "unknown"
+            name = getattr(stream.codec_context, "name", None) or getattr(stream, "name", None) or "unknown"
             contents.lost.append(f"{stream.type} ({name})" if not _is_cover(stream) else f"cover ({name})")
     if sound is not None:
         contents.lost += [f"audio ({name})" for name in sound.lost]

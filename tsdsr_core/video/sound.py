@@ -190,7 +190,7 @@ class Recoder:
 
 
 def _name(stream: Any) -> str:
-    return getattr(stream.codec_context, "name", None) or stream.name or "unknown"
+    return getattr(stream.codec_context, "name", None) or "unknown"  # without a decoder PyAV's stream has no name
 
 
 def _first_packets(source: Any) -> list[_Track]:

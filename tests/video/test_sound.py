@@ -51,7 +51,7 @@ def likeness(before: np.ndarray, after: np.ndarray) -> float:
     """The correlation of two sounds, shifted by no more than 50 ms."""
     size = min(len(before), len(after)) - 4800
     middle = before[2400 : 2400 + size]
-    found = [np.corrcoef(middle, after[2400 + shift : 2400 + shift + size])[0, 1] for shift in range(-2400, 2400, 12)]
+    found = [np.corrcoef(middle, after[2400 + shift : 2400 + shift + size])[0, 1] for shift in range(-2400, 2400, 8)]
     return max(found)
 
 

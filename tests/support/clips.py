@@ -24,20 +24,20 @@ def scene(index: int, height: int, width: int) -> np.ndarray:
 def make_clip(
     path: Path, frames: int = 6, height: int = 48, width: int = 64, codec: str = "libx264", pixels: str = "yuv420p",
     sound: str | None = "aac", times: list[int] | None = None, unit: Fraction = Fraction(1, RATE), options: dict | None = None,
-    array: np.ndarray | None = None, rate: int = 48000, channels: str = "mono", **properties: Any,
+    array: np.ndarray | None = None, **properties: Any,
 ) -> Path:  # fmt: skip
     """Write a video.
 
     Args:
         times: of the frames, in ``unit``.
         array: what all frames hold, in the format ``pixels``; None for ``scene``.
-        rate: of the sound, in samples per second.
-        channels: FFmpeg's name of their layout.
-        properties: set on the codec context, such as ``color_range``, or ``rotation`` as (degrees, mirrored), ``container`` as
+        properties: ``rate`` of the sound in samples per second, ``channels`` as FFmpeg names their layout, what is set on the
+            codec context, such as ``color_range``, or ``rotation`` as (degrees, mirrored), ``container`` as
             options of the container, ``marks`` as metadata of the stream and ``texts`` as those of the file.
     """
     times = times or list(range(frames))
     rotation, container_options = properties.pop("rotation", None), properties.pop("container", None)
+    rate, channels = properties.pop("rate", 48000), properties.pop("channels", "mono")
     marks, texts = properties.pop("marks", {}), properties.pop("texts", {})
     with av.open(f"file:{path}", "w", options=container_options) as sink:
         video = sink.add_stream(codec, rate=RATE, options=options or {})

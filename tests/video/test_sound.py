@@ -3,6 +3,7 @@
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -14,8 +15,8 @@ from tsdsr_core.video.writing import write_clip
 
 from ..support.clips import heard, look, make_clip
 
-PCM = {"codec": "mpeg4", "sound": "pcm_s16le"}
-SOURCES = {
+PCM: dict[str, Any] = {"codec": "mpeg4", "sound": "pcm_s16le"}
+SOURCES: dict[str, dict[str, Any]] = {
     "aac.mp4": {"sound": "aac"}, "opus.webm": {"codec": "libvpx-vp9", "sound": "libopus"}, "flac.mkv": {"sound": "flac"},
     "alac.mov": {"sound": "alac"}, "ac3.vob": {"codec": "mpeg2video", "sound": "ac3"},
     "mp2.ts": {"codec": "mpeg2video", "sound": "mp2"}, "wavpack.mkv": {"sound": "wavpack"},

@@ -73,6 +73,7 @@ class Upscale(io.ComfyNode):
             ],
             outputs=[io.Image.Output()],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,  # its report is shown again with a result that is at hand
             accept_all_inputs=True,  # else a misspelt size or color_fix is no argument at all
         )  # fmt: skip
 
@@ -132,7 +133,6 @@ class Upscale(io.ComfyNode):
         automatic = [name for name, value in given.items() if value == 0]
         levels = options.wavelet_levels if "wavelet_levels" in color_fix else None
         text = report.text(len(rgb), (rgb.shape[2], rgb.shape[3]), plan, memory.peak, automatic, levels)
-        running.show_text(cls, text)
         return io.NodeOutput(result, ui=ui.PreviewText(text))
 
 

@@ -12,12 +12,11 @@ from PIL import Image
 
 from ..comfyui import frontend
 from ..comfyui import host as host_module
-from ..comfyui.frontend import FOLDER, SAME_TYPES, WAIT, WORKFLOWS, drop, run_in_page, types_of
+from ..comfyui.frontend import FOLDER, SAME_TYPES, VIEWS, WAIT, WORKFLOWS, drop, run_in_page, show, types_of
 from ..comfyui.host import Host
 
 ACT = 5_000
 """Milliseconds to wait for an element of a dialog that may be closing."""
-VIEWS = ["classic", "Nodes 2.0"]
 MISSING = """() => {
   const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
   const names = (store, key) => (stores.get(store)?.[key] ?? []).map(found => found.name);
@@ -48,13 +47,7 @@ SHOWN = """() => {
 NOTHING = {"unknown": [], "red": [], "models": [], "pictures": []}
 by_name = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 in_each_view = pytest.mark.parametrize("view", VIEWS)
-on_a_host = pytest.mark.parametrize("page", ["host"], indirect=True)
-
-
-def show(page, view: str) -> None:
-    """Switch the page to a view."""
-    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", view != VIEWS[0])
-    page.wait_for_function("on => LiteGraph.vueNodesMode === on", arg=view != VIEWS[0])
+on_a_host = pytest.mark.parametrize("page", frontend.ON_A_HOST, indirect=True)
 
 
 def alike(prompt: dict, twin: dict) -> tuple[dict, dict]:

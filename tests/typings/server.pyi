@@ -3,4 +3,6 @@ from typing import ClassVar
 class PromptServer:
     instance: ClassVar[PromptServer]
 
-    def send_progress_text(self, text: str, node_id: str) -> None: ...
+    client_id: str | None
+
+    def send_sync(self, event: str, data: object, sid: str | None = None) -> None: ...

@@ -13,6 +13,7 @@ from comfy_api.latest import ComfyExtension, io
 from .colour import ColorFix
 from .host.examples import copy_examples
 from .host.files import register_folder
+from .host.templates import sort_templates
 from .load import LoadCheckpoint, LoadLora, LoadPrompt
 from .sample import OneStep, OneStepSamplerNode
 from .save import SaveCheckpoint
@@ -40,6 +41,7 @@ class Extension(ComfyExtension):
         """All nodes."""
         register_folder()
         copy_examples()
+        sort_templates()
         return NODES
 
 

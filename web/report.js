@@ -16,6 +16,7 @@ function addWidget(node) {
     getMinHeight: () => HEIGHT,
     getMaxHeight: () => HEIGHT,
     hideInPanel: true,
+    hideOnZoom: false,
     serialize: false, // in prompts
   });
   widget.serialize = false; // in workflows

@@ -59,6 +59,9 @@ ALIASES = "async () => (await app.api.getNodeDefs()).TSDSRUpscale.search_aliases
 WISHES = ["old photo", "enhance", "denoise", "sharpen", "restoration", "jpeg artifacts", "face", "upscale", "restore", "grain"]
 
 
+WISHES += ["老照片", "修复", "放大", "超分辨率", "降噪", "古い写真", "修復", "拡大", "超解像", "高画質", "오래된 사진", "복원", "업스케일", "화질"]
+
+
 @pytest.mark.parametrize("query", [*WISHES, "tsdsr", "tsd-sr"])
 def test_the_node_search_finds_the_upscaler(query, page):
     """By the frontend's own search, which ranks matches of names, short ones first, before those of aliases."""
@@ -69,6 +72,7 @@ def test_the_node_search_finds_the_upscaler(query, page):
     parts = [name for name in found if name.startswith("TSDSR")]
     if query in WISHES:
         assert parts[0] == "TSDSRUpscale"
+        assert query.isascii() or found[0] == "TSDSRUpscale", "nothing else is called so"
     else:
         assert len(parts) == 10
         assert parts.index("TSDSRUpscale") < 3
@@ -95,8 +99,12 @@ def test_progress_counts_the_tiles_of_all_stages(page, host):
 
 
 REPORTS = """() => [...document.querySelectorAll('div')].filter(e => e.childElementCount === 0 && e.textContent.includes(' s; peak'))
-  .filter(e => e.getBoundingClientRect().height >= 16 && e.scrollHeight <= e.clientHeight + 1).map(e => e.textContent)"""
+  .filter(e => e.checkVisibility() && e.clientHeight >= 16 && e.scrollHeight <= e.clientHeight + 1).map(e => e.textContent)"""
 """The reports that the page draws, whole."""
+
+
+WIDE = "app.graph._nodes.find(n => n.type === 'TSDSRUpscale').setSize([390, 620])"
+"""As wide as in the templates."""
 
 
 def open_graph(page, graph: Graph, name: str) -> None:
@@ -112,6 +120,7 @@ def test_the_report_stays_and_comes_with_a_result_at_hand(view, page, request, h
     show(page, view)
     graph, _ = builtin_graph(strength=0.5 + 0.01 * len(request.node.name))  # a result of its own for each case
     open_graph(page, graph, request.node.name)
+    page.evaluate(WIDE)
     assert page.evaluate(REPORTS) == []
     assert run_in_page(page, host).status == "success"
     page.wait_for_function(f"({REPORTS})().length === 1", timeout=WAIT)
@@ -124,6 +133,7 @@ def test_the_report_stays_and_comes_with_a_result_at_hand(view, page, request, h
     if not host.get("/object_info/TSDSRUpscale")["TSDSRUpscale"].get("has_intermediate_output"):
         pytest.skip("this ComfyUI does not tell what nodes said whose results are at hand")
     open_graph(page, graph, f"{request.node.name} again")
+    page.evaluate(WIDE)
     assert run_in_page(page, host).status == "success"
     page.wait_for_timeout(1500)
     assert page.evaluate(REPORTS) == [text]
@@ -137,6 +147,7 @@ def test_no_text_is_sent_as_a_picture(page, host):
     images = graph.add("RepeatImageBatch", image=tuple(upscale["inputs"]["image"]), amount=2)
     upscale["inputs"]["image"] = [images, 0]
     open_graph(page, graph, "two")
+    page.evaluate(WIDE)
     assert run_in_page(page, host).status == "success"
     assert [frame for frame in page.received if isinstance(frame, bytes) and frame[:4] == bytes([0, 0, 0, 3])] == []
     messages = [json.loads(frame) for frame in page.received if isinstance(frame, str)]

@@ -9,8 +9,6 @@ class Application:
 class Request:
     path: str
 
-
-
 class Response:
     status: int
     text: str | None

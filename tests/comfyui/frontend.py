@@ -34,7 +34,7 @@ OWN = f"/extensions/{host_module.PACK}/"
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
 READY = "!!(window.app && window.app.graph && LiteGraph.registered_node_types.TSDSRUpscale)"
 STATUS = {"type": "status", "data": {"status": {"exec_info": {"queue_remaining": 0}}, "sid": "recorded"}}
-WAIT = 30_000
+WAIT = 240_000
 
 VIEWS = ["classic", "Nodes 2.0"]
 

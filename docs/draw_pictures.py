@@ -37,7 +37,7 @@ STAGES: dict[str, tuple[str, Box, list[str]]] = {
 def main() -> None:
     """Draw all of them."""
     images = ROOT / "docs" / "images"
-    names = {path.stem.split()[1]: path.with_suffix(".jpg") for path in (ROOT / "workflows").glob("*.json")}
+    names = {path.stem.split()[0]: path.with_suffix(".jpg") for path in (ROOT / "workflows").glob("*.json")}
     pairs = {name: before_and_after(name) for name in ("lighthouse", "parrots", "window")}
     divided(*pairs["parrots"], (250, 40, 650, 440), ICON).save(images / "icon.png")
     banner = divided(*pairs["parrots"], (0, 90, 768, 419), BANNER)

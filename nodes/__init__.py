@@ -14,6 +14,7 @@ from .colour import ColorFix
 from .host.examples import copy_examples
 from .host.files import register_folder
 from .host.schema import warn_of_another_copy
+from .host.templates import sort_templates
 from .load import LoadCheckpoint, LoadLora, LoadPrompt
 from .sample import OneStep, OneStepSamplerNode
 from .save import SaveCheckpoint
@@ -42,6 +43,7 @@ class Extension(ComfyExtension):
         warn_of_another_copy(Upscale)
         register_folder()
         copy_examples()
+        sort_templates()
         return NODES
 
 

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from ..tsdsr_core.families.bundle import write_bundle
 from . import inputs
 from .checks import checked
-from .host import bundling, files, models, running, sampling
+from .host import bundling, files, models, sampling
 from .host.schema import Schema, field
 from .load import BUNDLES
 from .types import Conditioning, HostModel, Vae
@@ -44,7 +44,6 @@ class SaveCheckpoint(io.ComfyNode):
             ],
             outputs=[],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -57,5 +56,4 @@ class SaveCheckpoint(io.ComfyNode):
         bundle = bundling.to_bundle(model, vae, conditioning, _DTYPES[dtype], {"made by": "TSDSRSaveCheckpoint"})
         path, shown = files.new_output(filename_prefix, files.names(BUNDLES))
         write_bundle(path, bundle)
-        running.show_text(cls, shown)
         return io.NodeOutput(ui=ui.PreviewText(shown))

@@ -27,8 +27,14 @@ _SEARCHED = (
     "tsdsr", "tsd-sr", "upscale", "upscaler", "super resolution", "enlarge", "restore old photo", "photo restoration",
     "image restoration", "enhance", "denoise", "remove noise", "film grain", "sharpen", "deblur", "jpeg artifacts",
     "compression artifacts", "face restoration", "one-step diffusion",
+    "老照片", "旧照片", "修复老照片", "照片修复", "图像修复", "修复", "复原", "放大", "图像放大", "超分辨率", "高清",
+    "变清晰", "画质增强", "降噪", "去噪", "去模糊", "锐化", "老照片修復", "圖像放大", "超解析度",
+    "古い写真", "写真修復", "写真を修復", "修復", "復元", "拡大", "アップスケール", "超解像", "高解像度",
+    "高画質化", "ノイズ除去", "鮮明化", "ぼけ除去",
+    "오래된 사진", "옛날 사진", "사진 복원", "이미지 복원", "복원", "복구", "확대", "업스케일", "초해상도",
+    "고해상도", "화질 개선", "노이즈 제거", "선명하게",
 )  # fmt: skip
-"""What people search for; the frontend ranks matches in the name of a node before these."""
+"""What people search for, in the languages of the pack; the frontend ranks matches in the name of a node before these."""
 _BY_FACTOR, _LONGER_SIDE, _SHORTER_SIDE, _WIDTH, _HEIGHT = "scale by", "longer side", "shorter side", "width", "height"
 
 
@@ -73,6 +79,7 @@ class Upscale(io.ComfyNode):
             ],
             outputs=[io.Image.Output()],
             hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,  # its report is shown again with a result that is at hand
             accept_all_inputs=True,  # else a misspelt size or color_fix is no argument at all
         )  # fmt: skip
 
@@ -132,7 +139,6 @@ class Upscale(io.ComfyNode):
         automatic = [name for name, value in given.items() if value == 0]
         levels = options.wavelet_levels if "wavelet_levels" in color_fix else None
         text = report.text(len(rgb), (rgb.shape[2], rgb.shape[3]), plan, memory.peak, automatic, levels)
-        running.show_text(cls, text)
         return io.NodeOutput(result, ui=ui.PreviewText(text))
 
 

@@ -106,19 +106,21 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=frontend.CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=frontend.CHROMIUM, args=frontend.ARGUMENTS)
         yield browser
         browser.close()
 
 
-@pytest.fixture(scope="module", params=["recorded", "host"])
+@pytest.fixture(scope="module", params=frontend.PAGES)
 def page(request: pytest.FixtureRequest, browser):
     """The frontend, ready, as ``frontend.open_page`` gives it."""
-    address = None
-    if request.param == "host":
+    address, newest = None, request.param.endswith(frontend.WITH_NEWEST)
+    if newest and not frontend.NEWEST:
+        pytest.skip("no newer frontend: set NEWEST_FRONTEND_PATH")
+    if request.param.startswith("host"):
         server = request.getfixturevalue("host")
         server.post("/settings", frontend.SETTINGS)
         address = f"http://127.0.0.1:{server.port}/"
-    page = frontend.open_page(browser, address)
+    page = frontend.open_page(browser, address, newest)
     yield page
     page.close()

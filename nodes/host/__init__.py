@@ -13,4 +13,5 @@
 ``padded_latents``  where the image lies in a padded latent
 ``previews``        previews of unfinished images
 ``examples``        example images in the input folder
+``templates``       their order
 """

@@ -35,12 +35,17 @@ class NodeProgress:
 
 
 def show_text(node: Any, text: str) -> None:
-    """Show ``text`` on the node of a class that asks for ``io.Hidden.unique_id``, as the host's own nodes do."""
+    """Show ``text`` on a running node of a class that asks for ``io.Hidden.unique_id``; its last one belongs to its result.
+
+    By a message of our own, which ``web/report.js`` shows: scripts take the host's, which is binary, for a picture.
+    """
     name = getattr(node.hidden, "unique_id", None)
     if name is not None:
         from server import PromptServer  # the host's, which only a running server has
 
-        PromptServer.instance.send_progress_text(text, name)
+        client = PromptServer.instance.client_id
+        if client is not None:
+            PromptServer.instance.send_sync("tsdsr.text", {"node": name, "text": text}, client)
 
 
 def results_device() -> torch.device:

@@ -18,6 +18,13 @@ CHROMIUM = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium") or shutil
 PACKAGES = [name for name in ("playwright", "comfyui_frontend_package") if importlib.util.find_spec(name) is None]
 SKIPPED = f"no Chromium (CHROMIUM_PATH) or not installed: {PACKAGES}" if CHROMIUM is None or PACKAGES else ""
 """Why the tests of the frontend cannot run here; empty where they can."""
+NEWEST = os.environ.get("NEWEST_FRONTEND_PATH", "")
+"""Where a newer frontend than the recorded one is installed, with ``pip install --target``; empty without one."""
+WITH_NEWEST = ", newest frontend"
+PAGES = [f"{answered}{frontend}" for answered in ("recorded", "host") for frontend in ("", WITH_NEWEST)]
+ON_A_HOST = PAGES[2:]
+ARGUMENTS = ["--no-sandbox", "--disable-features=LocalNetworkAccessChecks"]
+"""Chromium's: it takes a page whose files ``Files`` answers for one from the Internet, which may not open a host's socket."""
 FOLDER = host_module.ROOT / "workflows"
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
 RECORDED = host_module.ROOT / "tests" / "data" / "frontend.json"
@@ -29,6 +36,8 @@ READY = "!!(window.app && window.app.graph && LiteGraph.registered_node_types.TS
 STATUS = {"type": "status", "data": {"status": {"exec_info": {"queue_remaining": 0}}, "sid": "recorded"}}
 WAIT = 240_000
 
+VIEWS = ["classic", "Nodes 2.0"]
+
 DROP = """async ([text, name]) => {
   const data = new DataTransfer();
   data.items.add(new File([text], name, {type: 'application/json'}));
@@ -37,18 +46,44 @@ DROP = """async ([text, name]) => {
 }"""
 
 
-class Recorded:
+class Files:
+    """Answers the browser with the files of a frontend, and leaves everything else to the host."""
+
+    def __init__(self, newest: bool) -> None:
+        if newest:
+            package = Path(NEWEST) / "comfyui_frontend_package"
+        else:
+            package = Path(importlib.util.find_spec("comfyui_frontend_package").submodule_search_locations[0])
+        self.static = package / "static"
+
+    def file(self, path: str) -> Path:
+        """Where the file of a path would be."""
+        return self.static / (unquote(path).lstrip("/") or "index.html")
+
+    def __call__(self, route) -> None:
+        file = self.file(urlsplit(route.request.url).path)
+        if file.is_file():
+            fulfil(route, file)
+        else:
+            route.continue_()
+
+
+def fulfil(route, file: Path) -> None:
+    """Answer with a file."""
+    route.fulfill(content_type=mimetypes.guess_type(file.name)[0] or "application/octet-stream", body=file.read_bytes())
+
+
+class Recorded(Files):
     """Answers the browser in the host's place."""
 
-    def __init__(self) -> None:
+    def __init__(self, newest: bool) -> None:
+        super().__init__(newest)
         answers = json.loads(RECORDED.read_text())
         self.answers = {path: (status, kind, body) for path, status, kind, body in answers}
-        found = importlib.util.find_spec("comfyui_frontend_package")
-        self.static = Path(found.submodule_search_locations[0]) / "static"
 
     def __call__(self, route) -> None:
         path = urlsplit(route.request.url).path
-        file = self.static / (unquote(path).lstrip("/") or "index.html")
+        file = self.file(path)
         if path.startswith(OWN):
             file = host_module.ROOT / "web" / path.removeprefix(OWN)
         if path in self.answers:
@@ -59,7 +94,7 @@ class Recorded:
         elif path.startswith("/api/") or not file.is_file():
             route.fulfill(status=404 if route.request.method == "GET" else 200, body="{}")
         else:
-            route.fulfill(content_type=mimetypes.guess_type(file.name)[0] or "application/octet-stream", body=file.read_bytes())
+            fulfil(route, file)
 
 
 ELSEWHERE = "huggingface.co", "drive.google.com", "api.comfy.org"
@@ -83,8 +118,8 @@ def types_of(workflow: str) -> str:
     return json.dumps(sorted(node["type"] for node in json.loads(workflow)["nodes"]), separators=(",", ":"))
 
 
-def open_page(browser, address: str | None):
-    """A page with the frontend, ready: of the host at ``address``, or with recorded answers.
+def open_page(browser, address: str | None, newest: bool = False):
+    """A page with the frontend, ready: of the host at ``address``, or with recorded answers; its own, or the ``newest``.
 
     ``page.errors`` collects what its console says is wrong, ``page.received`` what the host sends.
     """
@@ -92,8 +127,10 @@ def open_page(browser, address: str | None):
     page.errors, page.received = [], []
     page.on("websocket", lambda socket: socket.on("framereceived", lambda frame: page.received.append(frame)))
     if address is None:
-        page.route("**/*", Recorded())
+        page.route("**/*", Recorded(newest))
         page.route_web_socket("**/*", lambda socket: socket.send(json.dumps(STATUS)))
+    elif newest:
+        page.route("**/*", Files(newest))
     page.on(
         "console",
         lambda message: page.errors.append(f"{message.text} {message.location['url']}") if is_error(message) else None,
@@ -104,6 +141,12 @@ def open_page(browser, address: str | None):
     page.wait_for_load_state("networkidle", timeout=WAIT)  # what its start asks for and does not get is no later error
     page.wait_for_timeout(2000)
     return page
+
+
+def show(page, view: str) -> None:
+    """Switch the page to a view."""
+    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", view != VIEWS[0])
+    page.wait_for_function("on => LiteGraph.vueNodesMode === on", arg=view != VIEWS[0])
 
 
 def drop(page, path: Path, text: str | None = None) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from playwright.sync_api import sync_playwright
 
 from . import host as host_module
-from .frontend import CHROMIUM, READY, RECORDED, SETTINGS
+from .frontend import ARGUMENTS, CHROMIUM, READY, RECORDED, SETTINGS
 from .host import Host
 
 
@@ -26,7 +26,7 @@ def main() -> None:
         raise SystemExit("needs a ComfyUI (COMFYUI_PATH) and a Chromium (CHROMIUM_PATH)")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         host = Host(*found, Path(folder) / "host")
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         try:
             host.post("/settings", SETTINGS)
             paths = asked(browser.new_page(), f"http://127.0.0.1:{host.port}/")

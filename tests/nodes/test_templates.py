@@ -12,12 +12,11 @@ from PIL import Image
 
 from ..comfyui import frontend
 from ..comfyui import host as host_module
-from ..comfyui.frontend import FOLDER, SAME_TYPES, WAIT, WORKFLOWS, drop, run_in_page, types_of
+from ..comfyui.frontend import FOLDER, SAME_TYPES, VIEWS, WAIT, WORKFLOWS, drop, run_in_page, show, types_of
 from ..comfyui.host import Host
 
 ACT = 5_000
 """Milliseconds to wait for an element of a dialog that may be closing."""
-VIEWS = ["classic", "Nodes 2.0"]
 MISSING = """() => {
   const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
   const names = (store, key) => (stores.get(store)?.[key] ?? []).map(found => found.name);
@@ -45,23 +44,22 @@ SHOWN = """() => {
   return {nodes: boxes.length, overlapping, notes: texts.length > 0, cut};
 }""".replace("NOTES", NOTES)
 """How many nodes are drawn, which of them overlap as drawn, and which notes do not fit into theirs."""
+SAVED = "JSON.stringify(app.graph.serialize())"
 NOTHING = {"unknown": [], "red": [], "models": [], "pictures": []}
 by_name = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 in_each_view = pytest.mark.parametrize("view", VIEWS)
-on_a_host = pytest.mark.parametrize("page", ["host"], indirect=True)
+on_a_host = pytest.mark.parametrize("page", frontend.ON_A_HOST, indirect=True)
 
 
-def show(page, view: str) -> None:
-    """Switch the page to a view."""
-    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", view != VIEWS[0])
-    page.wait_for_function("on => LiteGraph.vueNodesMode === on", arg=view != VIEWS[0])
+KNOWN = "Object.fromEntries(app.graph._nodes.map(n => [n.id, [...(n.inputs ?? []), ...(n.widgets ?? [])].map(i => i.name)]))"
+"""Names of the inputs of each node."""
 
 
-def alike(prompt: dict, twin: dict) -> tuple[dict, dict]:
+def alike(prompt: dict, twin: dict, known: dict) -> tuple[dict, dict]:
     """Both without titles, with whole numbers written one way.
 
-    Of ComfyUI's own nodes only what the twin gives: widgets that only show something, and inputs that newer releases added,
-    stand in a page's prompt too.
+    Of ComfyUI's own nodes only what the twin gives and this release knows: widgets that only show something, and inputs that
+    newer releases added, stand in a page's prompt too; the twin gives the inputs of older and newer ones.
     """
     number = lambda value: float(value) if type(value) in (int, float) else value  # noqa: E731
     plain = [
@@ -72,6 +70,8 @@ def alike(prompt: dict, twin: dict) -> tuple[dict, dict]:
         if not kind.startswith("TSDSR"):
             for key in inputs.keys() - twin[name]["inputs"].keys():
                 del inputs[key]
+            for key in plain[1][name][1].keys() - set(known[name]):
+                del plain[1][name][1][key]
     return plain[0], plain[1]
 
 
@@ -81,14 +81,56 @@ def test_a_template_opens_by_drop_and_is_its_twin(view, path, page):
     show(page, view)
     drop(page, path)
     prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
-    found, twin = alike(prompt, json.loads((FOLDER / "api" / path.name).read_text(encoding="utf-8")))
+    known = page.evaluate(KNOWN)
+    found, twin = alike(prompt, json.loads((FOLDER / "api" / path.name).read_text(encoding="utf-8")), known)
     assert found == twin
+    values = {
+        node["id"]: node["widgets_values"] for node in json.loads(page.evaluate(SAVED))["nodes"] if node["type"][:5] == "TSDSR"
+    }
+    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    assert values == {node["id"]: node["widgets_values"] for node in nodes if node["id"] in values}, "each widget has its value"
     missing = page.evaluate(MISSING)
     assert missing["unknown"] == missing["pictures"] == []
-    nodes = len(json.loads(path.read_text(encoding="utf-8"))["nodes"])
     page.wait_for_selector(NOTES, state="attached", timeout=WAIT)
-    assert page.evaluate(SHOWN) == {"nodes": nodes, "overlapping": [], "notes": True, "cut": []}
+    assert page.evaluate(SHOWN) == {"nodes": len(nodes), "overlapping": [], "notes": True, "cut": []}
     assert page.errors == []
+
+
+@pytest.mark.parametrize("window", [(1366, 650), (1536, 730)], ids=lambda window: "x".join(map(str, window)))
+@by_name
+def test_a_template_is_readable_in_a_small_window(path, window, page):
+    """The classic view draws no texts where they would be smaller than it likes."""
+    show(page, VIEWS[0])
+    before = page.viewport_size
+    page.set_viewport_size({"width": window[0], "height": window[1]})
+    drop(page, path)
+    page.wait_for_selector(NOTES, state="attached", timeout=WAIT)
+    drawn, low_quality = page.evaluate(SHOWN), page.evaluate("app.canvas.low_quality")
+    page.set_viewport_size(before)
+    assert drawn["cut"] == drawn["overlapping"] == []
+    assert not low_quality
+
+
+APPS = [path for path in WORKFLOWS if path.stem[:2] in ("01", "02", "05")]
+
+
+@pytest.mark.parametrize("newest", [False, True], ids=["recorded", "newest"])
+@pytest.mark.parametrize("path", APPS, ids=lambda path: path.stem)
+def test_a_template_is_an_app(path, newest, browser):
+    """In app mode a page shows what to choose and the result, nothing else."""
+    if newest and not frontend.NEWEST:
+        pytest.skip("no newer frontend: set NEWEST_FRONTEND_PATH")
+    page = frontend.open_page(browser, None, newest)
+    drop(page, path)
+    linear = json.loads(path.read_text(encoding="utf-8"))["extra"]["linearData"]
+    kinds = {node["id"]: node["type"] for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]}
+    assert [kinds[node] for node in linear["outputs"]] == ["SaveImage", "PreviewImage"]
+    page.evaluate("app.extensionManager.command.execute('Comfy.ToggleLinear')")
+    for _, name in linear["inputs"]:
+        page.get_by_text(name.split(".")[-1], exact=True).locator("visible=true").first.wait_for(timeout=WAIT)
+    assert page.get_by_text("color_fix", exact=True).locator("visible=true").count() == 0
+    assert [error for error in page.errors if "Jobs API" not in error] == [], "recorded answers know no pages of a list"
+    page.close()
 
 
 @by_name
@@ -150,6 +192,11 @@ def test_the_template_browser_finds_them(query, page):
     search = dialog.get_by_role("textbox").first
     expected = next(path.stem for path in WORKFLOWS if query.lower() in path.stem.lower())
     browse_until(page, dialog.get_by_text(expected, exact=True).first, lambda _: search.fill(query, timeout=ACT))
+    page.wait_for_timeout(500)
+    titles = page.evaluate("[...document.querySelectorAll('[role=dialog] h3')].map(e => e.textContent.trim())")
+    first = next(title for title in titles if title in {path.stem for path in WORKFLOWS})
+    assert "TSDSRLoadCheckpoint" in types_of((FOLDER / f"{first}.json").read_text(encoding="utf-8")), "it needs no weights"
+    assert first == expected or query in ("upscale", "TSD-SR"), "of these, the first has the shortest name"
     search.fill("")
     box, height = dialog.first.bounding_box(), page.viewport_size["height"]
     below = (box["y"] + box["height"] + height) / 2

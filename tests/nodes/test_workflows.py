@@ -26,14 +26,46 @@ def test_there_is_one_for_each_way_of_working():
     assert {f"TSDSR{name}" for name in everything} <= used
 
 
+PACK, CARD = " TSD-SR", 29
+"""What every name ends with, and how many characters of a name a card of the template browser shows at its narrowest."""
+
+
 def test_their_order_is_in_their_names():
-    """The frontend sorts them by name, or takes them as the file system has them; then the numbers still say the order."""
+    """The host sorts them by name, or another lists them as its file system has them; then the numbers still say the order."""
     names = [path.stem for path in WORKFLOWS]
-    assert [name.split()[:2] for name in names] == [["TSD-SR", f"{number:02}"] for number in range(1, len(names) + 1)]
-    assert "built-in model" in names[0]
+    assert [name.split()[0] for name in names] == [f"{number:02}" for number in range(1, len(names) + 1)]
+    assert names[0] == next(name for name in names if "old photo" in name.lower())
     assert "SD3" in names[1]
-    for searched in ("restore", "upscale", "old photo"):
-        assert 0 <= names[0].lower().find(searched) <= 33, "older frontends look no further for its beginning"
+    for searched in ("restore", "upscale", "old photo", "TSD-SR"):
+        assert 0 <= names[0].lower().find(searched.lower()) <= 33, "older frontends look no further for its beginning"
+
+
+def test_their_names_can_be_told_apart_where_they_are_cut():
+    names = [path.stem for path in WORKFLOWS]
+    assert all(name.endswith(PACK) for name in names), "so that they are found, and are the names of no other pack"
+    assert all(len(name.removesuffix(PACK)) <= CARD for name in names)
+    assert len({name.split()[1] for name in names}) == len(names), "the differing word is the first"
+
+
+def missing(wanted: dict, given: dict, prefix: str = "") -> list[str]:
+    """The required inputs that are not given, also those of chosen options."""
+    found = []
+    for name, (kind, *options) in ((prefix + name, entry) for name, entry in wanted.get("required", {}).items()):
+        if name not in given:
+            found.append(name)
+        elif kind == "COMFY_DYNAMICCOMBO_V3":
+            chosen = next(option for option in options[0]["options"] if option["key"] == given[name])
+            found += missing(chosen["inputs"], given, f"{name}.")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "api").glob("*.json")), ids=lambda path: path.stem)
+def test_the_api_format_gives_every_input_that_a_host_requires(path):
+    """Tools that check a file before they send it want them all, though the host itself fills in defaults."""
+    recorded = {answer[0]: answer[-1] for answer in read(ROOT / "tests" / "data" / "frontend.json")}
+    nodes = json.loads(recorded["/api/object_info"])
+    for node in read(path).values():
+        assert missing(nodes[node["class_type"]]["input"], node["inputs"]) == []
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -70,9 +102,10 @@ def test_a_template_of_images_compares_before_and_after(path):
     assert twin[slider["image_a"][0]]["class_type"] in ("LoadImage", "LoadImageDataSetFromFolder", "VAEDecode")
 
 
-TITLE, SMALLEST, FONT, FILLED = 30, 8, 14, 0.75
+TITLE, SMALLEST, FONT, FILLED, MARGIN, TABS = 30, 8, 14, 0.75, 10, 38
 """Height of a node's title; font size in pixels under which the frontend draws no texts at all, and the one of its texts; share
-of the window that it fills when it opens a template."""
+of the canvas that it fills when it opens a template, with a margin; height of the tabs above the canvas."""
+WINDOWS = [(1366, 650), (1440, 780), (1536, 730), (1440, 900), (1920, 1080)]
 
 
 def boxes_of(path: Path) -> list[tuple[float, float, float, float]]:
@@ -85,13 +118,13 @@ def boxes_of(path: Path) -> list[tuple[float, float, float, float]]:
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_template_is_readable_as_it_opens(path):
-    """All of it is shown, without texts where they would be small: not so on a laptop (the first) or a desktop (the others)."""
+    """All of it is shown, without texts where they would be small: not so in the windows of laptops."""
     assert "ds" not in read(path)["extra"], "a view of its own would show a part of it in older frontends"
     boxes = boxes_of(path)
-    width = max(x + w for x, _, w, _ in boxes) - min(x for x, *_ in boxes)
-    height = max(y + h for _, y, _, h in boxes) - min(y for _, y, *_ in boxes) + TITLE
-    window = (1440, 780) if path == WORKFLOWS[0] else (1680, 950)
-    assert FONT * FILLED * min(window[0] / width, window[1] / height) >= SMALLEST
+    width = max(x + w for x, _, w, _ in boxes) - min(x for x, *_ in boxes) + 2 * MARGIN
+    height = max(y + h for _, y, _, h in boxes) - min(y for _, y, *_ in boxes) + TITLE + 2 * MARGIN
+    for across, down in WINDOWS:
+        assert FONT * FILLED * min(across / width, (down - TABS) / height) >= SMALLEST
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -31,10 +31,14 @@ def make_clip(
     Args:
         times: of the frames, in ``unit``.
         array: what all frames hold, in the format ``pixels``; None for ``scene``.
-        properties: set on the codec context, such as ``color_range``, or ``rotation`` as (degrees, mirrored).
+        properties: ``rate`` of the sound in samples per second, ``channels`` as FFmpeg names their layout, what is set on the
+            codec context, such as ``color_range``, or ``rotation`` as (degrees, mirrored), ``container`` as
+            options of the container, ``marks`` as metadata of the stream and ``texts`` as those of the file.
     """
     times = times or list(range(frames))
     rotation, container_options = properties.pop("rotation", None), properties.pop("container", None)
+    rate, channels = properties.pop("rate", 48000), properties.pop("channels", "mono")
+    marks, texts = properties.pop("marks", {}), properties.pop("texts", {})
     with av.open(f"file:{path}", "w", options=container_options) as sink:
         video = sink.add_stream(codec, rate=RATE, options=options or {})
         video.width, video.height, video.pix_fmt = width, height, pixels
@@ -43,9 +47,11 @@ def make_clip(
             setattr(video.codec_context, name, value)
         if rotation:
             video.set_display_rotation(rotation[0], hflip=rotation[1])
-        audio = sink.add_stream(sound, rate=48000) if sound else None
+        video.metadata.update(marks)
+        sink.metadata.update(texts)
+        audio = sink.add_stream(sound, rate=rate, options={"strict": "-2"}) if sound else None
         if audio:
-            audio.layout = "mono"
+            audio.layout, audio.bit_rate = channels, 64000 if "wma" in audio.name or rate > 8000 else 12200
         for index, time in enumerate(times):
             if array is None:
                 frame = av.VideoFrame.from_ndarray(scene(index, height, width), format="rgb24")
@@ -55,20 +61,31 @@ def make_clip(
             sink.mux(video.encode(frame))
         sink.mux(video.encode(None))
         if audio:
-            write_sound(sink, audio, times[0] * unit, len(times) * Fraction(1, RATE))
+            write_sound(sink, audio, times[0] * unit, len(times) * Fraction(1, RATE), rate, channels)
     return path
 
 
-def write_sound(sink: Any, audio: Any, start: Fraction, seconds: Fraction) -> None:
-    """A tone."""
-    resampler = av.AudioResampler(format=audio.format.name, layout="mono", rate=48000)
-    for offset in range(0, int(seconds * 48000), 1024):
-        wave = np.sin(np.arange(offset, offset + 1024) / 20).astype(np.float32)[None] / 3
+def write_sound(
+    sink: Any, audio: Any, start: Fraction, seconds: Fraction, rate: int = 48000, channels: str = "mono"
+) -> None:  # fmt: skip
+    """A tone that rises."""
+    resampler = av.AudioResampler(format=audio.format.name, layout=channels, rate=rate)
+    for offset in range(0, int(seconds * rate), 1024):
+        time = np.arange(offset, offset + 1024) / rate
+        wave = np.sin(2 * np.pi * (300 + 400 * time) * time).astype(np.float32)[None] / 3
         frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = 48000, int(start * 48000) + offset, Fraction(1, 48000)
+        frame.sample_rate, frame.pts, frame.time_base = rate, int(start * rate) + offset, Fraction(1, rate)
         for each in resampler.resample(frame):
             sink.mux(audio.encode(each))
     sink.mux(audio.encode(None))
+
+
+def heard(path: Path, track: int = 0) -> np.ndarray:
+    """What a decoder gives of a sound track: one channel, 48000 samples per second, from -1 to 1."""
+    with av.open(f"file:{path}") as source:
+        resampler = av.AudioResampler(format="flt", layout="mono", rate=48000)
+        frames = [part for frame in source.decode(audio=track) for part in resampler.resample(frame)]
+        return np.concatenate([frame.to_ndarray()[0] for frame in [*frames, *resampler.resample(None)]])
 
 
 @dataclass

@@ -1,6 +1,11 @@
 from typing import ClassVar
 
+from aiohttp.web import Application
+
 class PromptServer:
     instance: ClassVar[PromptServer]
 
-    def send_progress_text(self, text: str, node_id: str) -> None: ...
+    app: Application
+    client_id: str | None
+
+    def send_sync(self, event: str, data: object, sid: str | None = None) -> None: ...

@@ -114,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="latent from the encoder: the most likely one, or a random one",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of --posterior sample, the same for each image")
+    parser.add_argument("--no-sound", action="store_true", help="leave the sound of videos out")
     add_device_arguments(parser)
     add_memory_argument(parser)
     parser.add_argument(
@@ -259,7 +260,7 @@ def _upscale_video(job: Job, model: Restorer, chosen: Options, options: argparse
             return restore(rgb, model.model(options.posterior, options.seed), chosen)
 
     with bar(clip.frames, "frame", leave=False) as frames:
-        write_clip(clip, job.output, size, restored, frames.update)
+        write_clip(clip, job.output, size, restored, frames.update, not options.no_sound)
     height, width = even(size)
     return width, height
 

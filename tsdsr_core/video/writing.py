@@ -8,22 +8,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import av
 import torch.nn.functional as F
 from av.codec.codec import UnknownCodecError
-from av.container import InputContainer, OutputContainer
+from av.container import OutputContainer
 from av.packet import Packet
-from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 from torch import Tensor
 
 from ..errors import InputError
 from ..system.atomic import write_files
 from .colours import Coding, to_frame
+from .contents import Contents, Shift, add_contents, describe, texts_for, written
 from .formats import WRITTEN
-from .reading import Clip, opened, packets, upright
+from .reading import Clip, Decoder, opened, upright
+from .sound import SoundPlan, plan_sound
+from .timing import packets
+from .views import marks_for
 
 log = logging.getLogger("tsdsr")
 
@@ -37,9 +40,6 @@ _ENCODERS = {
 looks ahead by are most of the memory that writing takes."""
 _APPLE = "hvc1"
 """The tag of HEVC that Apple's players want in MP4 and MOV."""
-_OF_THE_FILE = {"major_brand", "minor_version", "compatible_brands", "encoder"}
-"""Metadata that describe the old file, not its content."""
-_OF_THE_STREAM = ("language", "title", "handler_name")
 
 
 def even(size: tuple[int, int]) -> tuple[int, int]:
@@ -47,12 +47,15 @@ def even(size: tuple[int, int]) -> tuple[int, int]:
     return size[0] + size[0] % 2, size[1] + size[1] % 2
 
 
-def write_clip(clip: Clip, target: Path, size: tuple[int, int], change: Change, progress: Callable[[], Any]) -> None:
+def write_clip(
+    clip: Clip, target: Path, size: tuple[int, int], change: Change, progress: Callable[[], Any], sound: bool = True
+) -> None:
     """Write ``clip`` with each frame changed, all or nothing, one frame at a time; time stamps stay as they are.
 
     Args:
         size: (height, width) of what ``change`` gives.
         progress: called after each frame.
+        sound: whether the result has sound.
 
     Raises:
         InputError: for a suffix, size or sound that cannot be written, before the first frame, or damage in ``clip``.
@@ -61,37 +64,64 @@ def write_clip(clip: Clip, target: Path, size: tuple[int, int], change: Change, 
     container = WRITTEN.get(target.suffix.lower())
     if container is None:
         raise InputError(f"{target}: unknown format; expected one of {', '.join(WRITTEN)}")
-    write_files({target: lambda temporary: _write(clip, temporary, (target, container), size, change, progress)})
+    heard = plan_sound(clip.path, target) if sound else None
+    write_files({target: lambda temporary: _write(clip, temporary, (target, container), size, change, progress, heard)})
 
 
 def _write(
-    clip: Clip, temporary: Path, named: tuple[Path, str], size: tuple[int, int], change: Change, progress: Callable[[], Any]
-) -> None:
+    clip: Clip, temporary: Path, named: tuple[Path, str], size: tuple[int, int], change: Change, progress: Callable[[], Any],
+    heard: SoundPlan | None,
+) -> None:  # fmt: skip
     target, container = named
-    with opened(clip.path) as (source, video), _sink(temporary, target, container) as sink:
+    texts, options, lost_texts = texts_for(clip, container)
+    with opened(clip.path) as (source, video), _sink(temporary, target, container, options) as sink:
         height, width = even(size)
         with _writing(target, f"{_ENCODERS[clip.coding.bits][0]} video of {width}x{height} pixels"):
-            encoder = _add_video(sink, video, clip, (height, width))
-            copied = _add_copies(sink, source, video, target)
+            encoder = _add_video(sink, video, clip, target, (height, width))
+            contents = add_contents(sink, source, video, clip, heard)
+            sink.metadata.update(texts)
             sink.start_encoding()
-        clock = _Clock(source, video)
-        for packet in packets(source, video, *(stream for stream in source.streams if stream.index in copied)):
-            if packet.stream.index in copied:
-                if packet.size:  # else it only marks the end
-                    clock.shift(packet)
-                    packet.stream = copied[packet.stream.index]
-                    with _writing(target):
-                        sink.mux(packet)
-                continue
-            for frame in packet.decode():
-                changed = _coded(change(upright(frame, clip.turn)), clip.coding)
-                changed.pts, changed.time_base = clock.stamp(frame), video.time_base
+        _warn(target, contents, heard, lost_texts)
+        shift, decoder, number = Shift(clip.timeline, container != "matroska"), Decoder(video, clip.timeline), 0
+        durations: dict[int, int] = {}  # of the frames in the encoder, by time stamp; it loses them
+        for packet in packets(source, video, *contents.streams(source)):
+            if packet.stream.index != video.index:
                 with _writing(target):
-                    sink.mux(clock.timed(encoder.encode(changed)))
+                    sink.mux(written(contents, shift, packet))
+                continue
+            for _, frame in decoder.frames(packet):
+                if number == clip.frames:
+                    raise InputError(f"{clip.path} has changed while it was read")
+                changed = _coded(change(upright(frame, clip.turn)), clip.coding)
+                changed.pts, changed.time_base = clip.times[number], video.time_base
+                durations[clip.times[number]] = clip.durations[number]
+                with _writing(target):
+                    sink.mux(_timed(encoder.encode(changed), durations))
+                number += 1
                 progress()
         with _writing(target):
-            sink.mux(clock.timed(encoder.encode(None)))
+            sink.mux(_timed(encoder.encode(None), durations))
+            for coder in contents.coders.values():
+                sink.mux(coder.finished())
             sink.close()
+    damaged = sum(coder.damaged for coder in contents.coders.values())
+    if damaged:
+        log.warning("%s: %d packets of its sound are damaged: silence in their place", clip.path, damaged)
+
+
+def _warn(target: Path, contents: Contents, heard: SoundPlan | None, texts: list[str]) -> None:
+    for warning in heard.warnings if heard else ():
+        log.warning("%s: %s", target, warning)
+    lost = [*contents.lost, *([f"text ({', '.join(texts)})"] if texts else [])]
+    if lost:
+        log.warning("%s: left out %s", target, ", ".join(dict.fromkeys(lost)))
+
+
+def _timed(encoded: list[Packet[Any]], durations: dict[int, int]) -> list[Packet[Any]]:
+    """Packets of the encoder with the durations of their frames."""
+    for packet in encoded:
+        packet.duration = durations.pop(packet.pts, 0) if packet.pts is not None else 0
+    return encoded
 
 
 def _coded(rgb: Tensor, coding: Coding) -> av.VideoFrame:
@@ -99,51 +129,11 @@ def _coded(rgb: Tensor, coding: Coding) -> av.VideoFrame:
     return to_frame(F.pad(rgb, (0, width - rgb.shape[3], 0, height - rgb.shape[2]), mode="replicate"), coding)
 
 
-class _Clock:
-    """Time stamps of the result: those of the source, from 0 on, each later than the one before."""
-
-    def __init__(self, source: InputContainer, video: VideoStream) -> None:
-        self._start = Fraction(source.start_time or 0, av.time_base)
-        unit = cast(Fraction, video.time_base)
-        self._offset = self._in_units(unit)
-        rate = video.guessed_rate or video.average_rate or Fraction(25)
-        self._step = max(1, round(1 / (rate * unit)))
-        self._last: int | None = None
-        self._durations: dict[int, int] = {}
-        """Of the frames in the encoder, by time stamp."""
-
-    def stamp(self, frame: av.VideoFrame) -> int:
-        """The time stamp of a decoded frame, in the units of its stream."""
-        after = 0 if self._last is None else self._last + 1
-        wanted = frame.pts
-        if wanted is None:
-            wanted = self._offset if self._last is None else self._last + self._step + self._offset
-        self._last = max(after, wanted - self._offset)
-        self._durations[self._last] = frame.duration
-        return self._last
-
-    def timed(self, encoded: list[Packet[Any]]) -> list[Packet[Any]]:
-        """Packets of the encoder with the durations of their frames, which it loses."""
-        for packet in encoded:
-            packet.duration = self._durations.pop(packet.pts, 0) if packet.pts is not None else 0
-        return encoded
-
-    def shift(self, packet: Any) -> None:
-        """Let the time stamps of a copied packet, if it has any, start as those of the frames do."""
-        offset = self._in_units(packet.time_base)
-        dts, pts = packet.dts if packet.dts is not None else packet.pts, packet.pts
-        packet.dts = None if dts is None else dts - offset
-        packet.pts = None if pts is None else pts - offset
-
-    def _in_units(self, time_base: Fraction) -> int:
-        return round(self._start / time_base)
-
-
 @contextmanager
-def _sink(temporary: Path, target: Path, container: str) -> Iterator[OutputContainer]:
+def _sink(temporary: Path, target: Path, container: str, options: dict[str, str]) -> Iterator[OutputContainer]:
     """A file to be written; the block closes it, or it is let go after an error."""
     with _writing(target):
-        sink = av.open(f"file:{temporary}", "w", format=container, metadata_errors="replace")
+        sink = av.open(f"file:{temporary}", "w", format=container, container_options=options, metadata_errors="replace")
     try:
         yield sink
     except BaseException:
@@ -163,8 +153,14 @@ def _writing(target: Path, what: str = "a video") -> Iterator[None]:
         raise InputError(f"{target} cannot be written as {what}: {error.strerror}") from error
 
 
-def _add_video(sink: OutputContainer, video: VideoStream, clip: Clip, size: tuple[int, int]) -> VideoStream:
+def _add_video(sink: OutputContainer, video: VideoStream, clip: Clip, target: Path, size: tuple[int, int]) -> VideoStream:
     name, options = _ENCODERS[clip.coding.bits]
+    marks = marks_for(clip.views, sink.format.name, name == "libx264", clip.turn.swaps, clip.aspect)
+    if marks.packing:
+        given = options.get("x264-params")
+        options = {**options, "x264-params": ":".join(filter(None, (given, f"frame-packing={marks.packing}")))}
+    for warning in marks.warnings:
+        log.warning("%s: %s", target, warning)
     rate = video.average_rate or video.guessed_rate or Fraction(25)
     try:
         encoder: Any = sink.add_stream(name, rate=rate, options=dict(options))
@@ -182,45 +178,6 @@ def _add_video(sink: OutputContainer, video: VideoStream, clip: Clip, size: tupl
     context.color_primaries, context.color_trc = clip.coding.primaries, clip.coding.transfer
     if name == "libx265" and sink.format.name in ("mp4", "mov"):
         context.codec_tag = _APPLE
-    encoder.metadata.update({key: video.metadata[key] for key in _OF_THE_STREAM if key in video.metadata})
+    describe(encoder, video)
+    encoder.metadata.update(marks.metadata)
     return encoder
-
-
-def _add_copies(sink: OutputContainer, source: InputContainer, video: VideoStream, target: Path) -> dict[int, Stream]:
-    """Streams of ``sink`` for what is copied, by index in ``source``; texts and chapters too.
-
-    Raises:
-        InputError: where the container cannot hold the sound, and MKV may.
-    """
-    copied: dict[int, Stream] = {}
-    lost = []
-    for stream in source.streams:
-        if stream.index == video.index:
-            continue
-        name = getattr(stream.codec_context, "name", None) or stream.name or "unknown"
-        new = _copy_of(stream, sink)
-        if new is not None:
-            copied[stream.index] = new
-        elif stream.type == "audio" and stream.codec_context is not None and sink.format.name != "matroska":
-            raise InputError(f"{target}: {target.suffix} cannot hold the sound of the input ({name}); write .mkv")
-        else:
-            lost.append(f"{stream.type} ({name})")
-    if lost:
-        log.warning("%s: left out %s", target, ", ".join(dict.fromkeys(lost)))
-    sink.metadata.update({key: value for key, value in source.metadata.items() if key not in _OF_THE_FILE})
-    sink.set_chapters(source.chapters())
-    return copied
-
-
-def _copy_of(stream: Stream, sink: OutputContainer) -> Stream | None:
-    """A stream that takes the packets of ``stream`` as they are, where the container can hold them."""
-    cover = stream.type == "video" and stream.disposition & Disposition.attached_pic
-    if not (cover or stream.type in ("audio", "subtitle") or (stream.type == "attachment" and sink.format.name == "matroska")):
-        return None
-    try:
-        new = sink.add_stream_from_template(stream, opaque=True)
-    except ValueError:
-        return None
-    new.disposition = stream.disposition
-    new.metadata.update(stream.metadata)
-    return new

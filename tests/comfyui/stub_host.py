@@ -68,7 +68,7 @@ class Schema(dict):
     """``io.Schema`` as ``/object_info`` tells of it."""
 
     def __init__(self, node_id, display_name, category, description, inputs, outputs, search_aliases=(), is_output_node=False,
-                 essentials_category=None, accept_all_inputs=False, hidden=()):  # fmt: skip
+                 essentials_category=None, accept_all_inputs=False, has_intermediate_output=False, hidden=()):  # fmt: skip
         super().__init__(
             name=node_id, display_name=display_name, category=category, description=description, output=outputs,
             search_aliases=search_aliases, input={"required": as_required(inputs)}, output_node=is_output_node,

@@ -1,15 +1,17 @@
 import pytest
 import torch
 
+from tsdsr_core.families.sd3 import tile_bytes
 from tsdsr_core.system.memory import ImageDevice, check_ram, fits_beside, is_out_of_memory, is_unclear
-from tsdsr_core.tiles.memory import CPU_BATCH, LARGEST_BATCH, TileMemory, tile_batch, tile_bytes, tile_side
+from tsdsr_core.tiles.memory import CPU_BATCH, LARGEST_BATCH, TileMemory, tile_batch, tile_side
 
 
 def test_bytes_grow_with_tokens_width_and_type():
-    base = tile_bytes(64, 64, 2, 333, 1536, 2)
+    medium = {"patch_size": 2, "num_attention_heads": 24, "attention_head_dim": 64}
+    base = tile_bytes(medium, 64, 64, 333, 2)
     assert base == (32 * 32 + 333) * 1536 * 2 * 24
-    assert tile_bytes(64, 64, 2, 333, 1536, 4) == 2 * base
-    assert tile_bytes(64, 128, 2, 0, 1536, 2) == 2 * tile_bytes(64, 64, 2, 0, 1536, 2)
+    assert tile_bytes(medium, 64, 64, 333, 4) == 2 * base
+    assert tile_bytes(medium, 64, 128, 0, 2) == 2 * tile_bytes(medium, 64, 64, 0, 2)
 
 
 @pytest.mark.parametrize(

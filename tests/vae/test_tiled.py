@@ -26,6 +26,7 @@ from tsdsr_core.vae.transfer import Mover, layout_of
 from .test_program import original_vae, small_vae
 
 CPU = torch.device("cpu")
+PROGRAMS = {"encoder": encoder_program, "decoder": decoder_program}
 ROUNDING = 4e-5
 """Of ``worst``: the kernels of processors give up to 7e-6, a norm whose epsilon is 1e-5 instead of 1e-6 gives 6e-5 to 1e-4."""
 
@@ -232,16 +233,16 @@ def test_memory_is_checked_for_both_halves_before_any_work():
         asked.append(wanted)
         return 10**6
 
-    check_memory(vae, 16, 16, 8, (4, 4), CPU, None, None, ram)
+    check_memory(PROGRAMS, vae, 16, 16, 8, (4, 4), CPU, None, None, ram)
     with pytest.raises(MemoryError, match=r"the VAE needs 0\.1 GB of memory for an image of this size, 0\.0 GB are free"):
-        check_memory(vae, 512, 512, 8, (4, 4), CPU, None, None, ram)
+        check_memory(PROGRAMS, vae, 512, 512, 8, (4, 4), CPU, None, None, ram)
     for encoder, decoder in ((4, 4), (2, 4), (4, 2), (2, 2)):
         with pytest.raises(MemoryError):
-            check_memory(vae, 512, 512, 8, (encoder, decoder), CPU, None, None, ram)
+            check_memory(PROGRAMS, vae, 512, 512, 8, (encoder, decoder), CPU, None, None, ram)
         assert asked[-1] == max(needed["encoder", encoder], needed["decoder", decoder])
     assert len(set(asked)) > 2, "the type of a half counts"
     with pytest.raises(MemoryError):
-        check_memory(vae, 512, 512, 8, (2, 4), CPU, None, None, ram, decodes=False)
+        check_memory(PROGRAMS, vae, 512, 512, 8, (2, 4), CPU, None, None, ram, decodes=False)
     assert asked[-1] == needed["encoder", 2] < needed["decoder", 4], "of a draft, the encoder alone"
 
 

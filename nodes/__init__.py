@@ -11,10 +11,9 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .colour import ColorFix
-from .host.examples import copy_examples
 from .host.files import register_folder
 from .host.schema import warn_of_another_copy
-from .host.templates import sort_templates
+from .host.templates import copy_examples, sort_templates
 from .load import LoadCheckpoint, LoadLora, LoadPrompt
 from .sample import OneStep, OneStepSamplerNode
 from .save import SaveCheckpoint

@@ -12,6 +12,5 @@
 ``draft``           decoding with TAESD3
 ``padded_latents``  where the image lies in a padded latent
 ``previews``        previews of unfinished images
-``examples``        example images in the input folder
-``templates``       their order
+``templates``       their order, and the examples in the input folder that they open
 """

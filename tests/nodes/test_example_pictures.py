@@ -23,7 +23,7 @@ def examples(tmp_path, monkeypatch):
         package = ModuleType(name)
         package.__path__ = [str(folder)]
         monkeypatch.setitem(sys.modules, name, package)
-    yield importlib.import_module("pack.nodes.host.examples")
+    yield importlib.import_module("pack.nodes.host.templates")
     for name in [name for name in sys.modules if name.startswith("pack.")]:
         del sys.modules[name]
 

@@ -12,6 +12,7 @@ CORE = ROOT / "tsdsr_core"
 NODES = ROOT / "nodes"
 MODULES = sorted(path for folder in (CORE, NODES) for path in folder.rglob("*.py"))
 HOST = {
+    "aiohttp",
     "comfy",
     "comfy_api",
     "comfy_execution",

@@ -106,6 +106,31 @@ class SmallModel:
         return (patched,)
 
 
+class Packed(torch.Tensor):
+    """Bytes that stand for numbers, as the packs for GGUF files keep weights."""
+
+
+class PackedModel:
+    """A model of a checkpoint of this pack with a weight that another pack quantised."""
+
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"model": ("MODEL",), "kind": (["its own class", "bytes", "more in its state dict"],)}}
+    )
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, model, kind):
+        build, arguments = model.cached_patcher_init
+        made = build(*arguments)
+        layer = made.model.diffusion_model.x_embedder.proj
+        if kind == "more in its state dict":
+            layer._register_state_dict_hook(lambda layer, found, prefix, local: found.update({f"{prefix}temp.weight": None}))
+        stored = torch.zeros(layer.weight.shape, dtype=torch.uint8)
+        layer.weight = torch.nn.Parameter(stored if kind == "bytes" else stored.as_subclass(Packed), requires_grad=False)
+        return (made,)
+
+
 class OtherModel:
     """A model and a VAE of other families."""
 
@@ -337,7 +362,7 @@ class Prompt:
 
 
 _NODES = (
-    OddImage, OddLatent, OddMask, Wrapped, SmallModel, OtherModel, CoarseVae, CompiledVae, TypeOfVae, Difference, Weights,
+    OddImage, OddLatent, OddMask, Wrapped, SmallModel, PackedModel, OtherModel, CoarseVae, CompiledVae, TypeOfVae, Difference, Weights,
     Rebuilt, Int8Products, MultipliesInt8, Velocity, Census, Prompt, BadValues, Text, Value, Disc, SwitchedVae, Previews,
     FreeMemory,
 )  # fmt: skip

@@ -43,14 +43,14 @@ def merged_weights(patcher: Patcher, prefix: str, dtype: torch.dtype | None = No
 
 
 def _check_plain(patcher: Patcher) -> None:
-    """Raise ``ValueError`` for weights that the host, or another pack such as one for GGUF files, keeps in a form of its own."""
+    """Raise ``ValueError`` for weights in a form of the host's, or of another pack, such as one for GGUF files."""
     quantised = [key for key in patcher.model_state_dict() if key.endswith((".weight_scale", ".comfy_quant"))]
     for key, weight in patcher.model.named_parameters():
         if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
             quantised.append(f"{key} is a {type(weight).__name__} of {weight.dtype}")
     if quantised:
         raise ValueError(
-            f"the model is quantised ({quantised[0]}): to save a checkpoint, load the model unquantised, from a .safetensors file"
+            f"the model is quantised ({quantised[0]}): to save a checkpoint, load the model unquantised (.safetensors)"
         )
 
 

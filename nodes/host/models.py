@@ -15,11 +15,12 @@ from torch import Tensor
 from ...tsdsr_core.families.bundle import Bundle, read_bundle
 from ...tsdsr_core.system.memory import is_out_of_memory
 from ...tsdsr_core.system.precision import fits
-from ...tsdsr_core.vae.program import decoder_program, encoder_program
+from ...tsdsr_core.vae.program import Replaced, decoder_program, encoder_program
 from ...tsdsr_core.weights.prompt import PromptEmbeds
 from ...tsdsr_core.weights.vae_keys import weights_to_original
 from ..types import Conditioning, HostModel, LatentFormat, Patcher, Vae
 from . import layers
+from .vae import changed_by_others, check_unchanged
 
 DEFAULTS: Final = "tsdsr_defaults"
 PREVIEW: Final = "tsdsr_preview"
@@ -190,10 +191,13 @@ def check_vae(vae: Vae, model: HostModel | None = None) -> None:
     module = getattr(vae, "first_stage_model", None)
     if module is None:
         raise ValueError(f"the VAE has no weights: {_OWN_VAES}")
+    check_unchanged(vae)
     try:
         encoder_program(module, patched=True)
         decoder_program(module, patched=True)
         understood = vae.latent_dim == 2 and module.decoder.conv_in.weight.shape[1] == vae.latent_channels
+    except Replaced as error:
+        raise ValueError(changed_by_others(str(error))) from error
     except (ValueError, AttributeError):
         understood = False
     if not understood:

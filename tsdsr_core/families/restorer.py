@@ -18,8 +18,8 @@ from ..system.device import free_memory, free_ram, release_memory
 from ..system.memory import ImageDevice, is_out_of_memory
 from ..system.precision import fits, half_dtype, run_half
 from ..tiles.memory import TileMemory
+from ..vae.attention import in_windows
 from ..vae.execute import check_memory, plan_and_run
-from ..vae.program import in_windows
 from ..weights.prompt import PromptEmbeds
 from . import family_of
 from .record import Family, Geometry

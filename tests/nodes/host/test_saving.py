@@ -1,4 +1,4 @@
-"""TSD-SR Save Checkpoint behind other nodes, in a real ComfyUI: the file gives what the graph gave, or one sentence says why not."""
+"""TSD-SR Save Checkpoint behind other nodes, in a real ComfyUI: the file gives what the graph gave, or a message says why."""
 
 import numpy as np
 import pytest

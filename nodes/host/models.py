@@ -78,7 +78,7 @@ def _check_scaling(bundle: Bundle, form: LatentFormat) -> None:
 
 def _set_preview(form: LatentFormat, rows: Sequence[Sequence[float]]) -> None:
     """Let the host's previews show this model's latents, which it shifts and scales: ``(z - shift) * scale``."""
-    *factors, added = torch.tensor(rows)
+    *factors, added = torch.tensor(rows, dtype=torch.float32)
     channels = torch.stack(factors)
     form.latent_rgb_factors = (channels / form.scale_factor).tolist()
     form.latent_rgb_factors_bias = (added + form.shift_factor * channels.sum(0)).tolist()
@@ -106,10 +106,9 @@ def build_vae(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -
         )
     if shape["widths"] == _SD3_WIDTHS:
         return comfy.sd.VAE(sd=sd, dtype=dtype)
-    sd.setdefault("quant_conv.weight", torch.eye(2 * shape["latents"])[:, :, None, None])
-    sd.setdefault("quant_conv.bias", torch.zeros(2 * shape["latents"]))
-    sd.setdefault("post_quant_conv.weight", torch.eye(shape["latents"])[:, :, None, None])
-    sd.setdefault("post_quant_conv.bias", torch.zeros(shape["latents"]))
+    for name, channels in (("quant_conv", 2 * shape["latents"]), ("post_quant_conv", shape["latents"])):
+        sd.setdefault(f"{name}.weight", torch.eye(channels, dtype=torch.float32)[:, :, None, None])
+        sd.setdefault(f"{name}.bias", torch.zeros(channels, dtype=torch.float32))
     first = shape["widths"][0]
     options = {
         "double_z": True, "z_channels": shape["latents"], "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": first,

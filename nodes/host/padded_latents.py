@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 KEY: Final = "tsdsr_placement"
 """Entry of a LATENT with its ``Placement``."""
-_TOLERANCE = 1e-3
-"""Of a cell's length; the host's shifts, scales and half precision stay below."""
+_TOLERANCE = 2**-7
+"""Of a cell's length: rounding to bf16 changes no number by more than half of it; shifts and scales stay far below."""
 _FIRST = 8
 """Cells that are looked at first: they settle most comparisons."""
 
@@ -129,7 +129,7 @@ def image_area(latent: Latent, factor: int) -> Area:
 
 def _padded_cells(area: Area, factor: int, shape: tuple[int, ...]) -> Tensor:
     """Mask ``(h, w)`` of the cells that are not wholly within ``area``."""
-    rows, columns = (torch.arange(side) * factor for side in shape[-2:])
+    rows, columns = (torch.arange(side, dtype=torch.int64) * factor for side in shape[-2:])
     inside_rows = (rows >= area.top) & (rows + factor <= area.top + area.height)
     inside_columns = (columns >= area.left) & (columns + factor <= area.left + area.width)
     return ~(inside_rows[:, None] & inside_columns)

@@ -128,7 +128,7 @@ def run_one_step(
         torch.zeros_like(latents),
         latents,
         OneStepSampler(options, used),
-        torch.tensor([1.0, 0.0]),
+        torch.tensor([1.0, 0.0], dtype=torch.float32),
         denoise_mask=mask,
         callback=_callback(model, progress),
         disable_pbar=True,
@@ -151,7 +151,7 @@ def host_tiling(base: Any, options: Options, memory: TileMemory) -> Tiling:
 def check_model(model: HostModel) -> None:
     """Raise ``ValueError`` unless ``model`` is an SD3 model with its own timesteps."""
     check_sd3(model)
-    timestep = float(model.get_model_object("model_sampling").timestep(torch.tensor(1.0)))
+    timestep = float(model.get_model_object("model_sampling").timestep(torch.tensor(1.0, dtype=torch.float32)))
     if abs(timestep - TIMESTEP) > 1e-3:
         raise ValueError(
             f"another node changed the sampling of the MODEL (sigma 1 is timestep {timestep:g}, not 1000): remove that node"

@@ -92,7 +92,10 @@ def test_what_is_not_known_is_not_cut(placement, name):
 KEPT = {
     "a copy": lambda z: z.clone(),
     "a negative": lambda z: -3 * z,
-    "in half precision": lambda z: z.half(),
+    "in fp16": lambda z: z.half(),
+    "in bf16": lambda z: z.bfloat16(),
+    "in fp64": lambda z: z.double(),
+    "rounded to bf16 and scaled": lambda z: (0.3 * z.bfloat16().float()).bfloat16().float(),
     "other cells changed": lambda z: pasted(z, slice(0, 5), slice(0, 6)),
 }
 

@@ -173,7 +173,7 @@ class Restorer:
         mean, log_variance = encoded.chunk(2, 1) if self.family.posterior else (encoded, encoded)
         if generator is None:
             return mean
-        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32).to(mean)
         return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
 
     @torch.inference_mode()

@@ -250,6 +250,37 @@ class ReplacedVae:
         return found
 
 
+class DefaultDtype:
+    """Sets torch's default number type from now on, as some packs do and forget."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"dtype": (["bfloat16", "float16", "float32"],)}})
+    RETURN_TYPES = ()
+    FUNCTION = "set"
+    OUTPUT_NODE = True
+    CATEGORY = "test"
+    IS_CHANGED = classmethod(lambda cls, dtype: float("nan"))
+
+    def set(self, dtype):
+        torch.set_default_dtype(getattr(torch, dtype))
+        return {}
+
+
+class LatentDtype:
+    """A latent in another number type, as some nodes hand it on; back in fp32 after ``rounded``."""
+
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"latent": ("LATENT",), "kind": (["bfloat16", "float16", "float64", "rounded"],)}}
+    )
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, latent, kind):
+        samples = latent["samples"]
+        made = samples.bfloat16().float() if kind == "rounded" else samples.to(getattr(torch, kind))
+        return ({**latent, "samples": made},)
+
+
 class TypeOfVae:
     """Says what type a VAE has."""
 
@@ -436,7 +467,7 @@ class Prompt:
 _NODES = (
     OddImage, OddLatent, OddMask, Wrapped, SmallModel, OtherModel, CoarseVae, CompiledVae, TypeOfVae, Difference, Weights,
     Rebuilt, Int8Products, MultipliesInt8, Velocity, Census, Prompt, BadValues, Text, Value, Disc, SwitchedVae, Previews,
-    FreeMemory, PackedModel, ReplacedVae,
+    FreeMemory, PackedModel, ReplacedVae, DefaultDtype, LatentDtype,
 )  # fmt: skip
 NODE_CLASS_MAPPINGS = {f"Test{node.__name__}": node for node in _NODES}
 """Ids that are no literals: directories of nodes read the source and would take them for nodes of the pack."""

@@ -52,10 +52,15 @@ class TilesUsed:
 class OneStepSampler(comfy.samplers.Sampler):
     """``z_H = z_L - strength v(z_L, t = 1000)``, tile by tile."""
 
-    def __init__(self, options: Options, used: TilesUsed | None = None) -> None:
-        """Take strength and tiles of ``options``; ``used`` is filled with what the tiles came to."""
+    def __init__(self, options: Options, used: TilesUsed | None = None, mask_fits: bool = False) -> None:
+        """Take strength and tiles of ``options``; ``used`` is filled with what the tiles came to.
+
+        Args:
+            mask_fits: whether the noise mask lies on the images of padded latents, rather than being stretched over them.
+        """
         self.options = options
         self.used = used or TilesUsed()
+        self.mask_fits = mask_fits
 
     def sample(
         self, model_wrap: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
@@ -93,7 +98,8 @@ class OneStepSampler(comfy.samplers.Sampler):
         v = _crop(velocity_in_memory(velocity, padded, host_tiling(base, self.options, memory), memory, tick), z)
         padded_latents.follow(z, v)
         if denoise_mask is not None:
-            v = v * check_mask(denoise_mask)
+            mask = check_mask(denoise_mask)
+            v = v * (mask if self.mask_fits else padded_latents.fitted_mask(mask, z, stretched=True))
         return one_step(z, v, self.options.strength) - offset
 
 
@@ -109,7 +115,7 @@ def run_one_step(
     """Run the step on unscaled latents ``(B, 16, h, w)``; returns the same shape in fp32 on the host's device for results.
 
     Args:
-        mask: where the step acts, 0..1, in any size that the host resizes to the latents'; None for everywhere.
+        mask: where the step acts, 0..1, in any size, over the images of the latents; None for everywhere.
         used: filled with what the tiles came to.
 
     Raises:
@@ -118,7 +124,8 @@ def run_one_step(
     check_model(model)
     check_conditioning(conditioning, model)
     _check_latents(latents, model)
-    mask = None if mask is None else check_mask(mask)
+    if mask is not None:
+        mask = padded_latents.fitted_mask(check_mask(mask).reshape(-1, 1, *mask.shape[-2:]), latents)
     plan = plan_transformer_tiles(latents, model, options)
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning})
@@ -127,7 +134,7 @@ def run_one_step(
     output = guider.sample(
         torch.zeros_like(latents),
         latents,
-        OneStepSampler(options, used),
+        OneStepSampler(options, used, mask_fits=True),
         torch.tensor([1.0, 0.0], dtype=torch.float32),
         denoise_mask=mask,
         callback=_callback(model, progress),

@@ -281,6 +281,20 @@ class LatentDtype:
         return ({**latent, "samples": made},)
 
 
+class Change:
+    """Says by how much the columns of two latents differ at least and at most."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"one": ("LATENT",), "other": ("LATENT",)}})
+    RETURN_TYPES = ()
+    FUNCTION = "say"
+    OUTPUT_NODE = True
+    CATEGORY = "test"
+
+    def say(self, one, other):
+        change = (one["samples"] - other["samples"]).abs().amax((0, 1))
+        return {"ui": {"text": [json.dumps([change.amin(0).tolist(), change.amax(0).tolist()])]}}
+
+
 class TypeOfVae:
     """Says what type a VAE has."""
 
@@ -467,7 +481,7 @@ class Prompt:
 _NODES = (
     OddImage, OddLatent, OddMask, Wrapped, SmallModel, OtherModel, CoarseVae, CompiledVae, TypeOfVae, Difference, Weights,
     Rebuilt, Int8Products, MultipliesInt8, Velocity, Census, Prompt, BadValues, Text, Value, Disc, SwitchedVae, Previews,
-    FreeMemory, PackedModel, ReplacedVae, DefaultDtype, LatentDtype,
+    FreeMemory, PackedModel, ReplacedVae, DefaultDtype, LatentDtype, Change,
 )  # fmt: skip
 NODE_CLASS_MAPPINGS = {f"Test{node.__name__}": node for node in _NODES}
 """Ids that are no literals: directories of nodes read the source and would take them for nodes of the pack."""

@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 log = logging.getLogger("tsdsr")
 CATEGORY = "image/upscaling/TSD-SR"
-_NEWER = {"accept_all_inputs", "advanced", "essentials_category", "search_aliases"}
+_NEWER = {"accept_all_inputs", "advanced", "essentials_category", "has_intermediate_output", "search_aliases"}
 """Options that came after the oldest host; a node works without them."""
 
 

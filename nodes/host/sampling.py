@@ -124,6 +124,7 @@ def run_one_step(
     check_model(model)
     check_conditioning(conditioning, model)
     _check_latents(latents, model)
+    latents = latents.float()
     if mask is not None:
         mask = padded_latents.fitted_mask(check_mask(mask).reshape(-1, 1, *mask.shape[-2:]), latents)
     plan = plan_transformer_tiles(latents, model, options)

@@ -251,18 +251,23 @@ class ReplacedVae:
 
 
 class DefaultDtype:
-    """Sets torch's default number type from now on, as some packs do and forget."""
+    """Sets torch's default number type from now on, as some packs do and forget; passes on what was loaded before."""
 
-    INPUT_TYPES = classmethod(lambda cls: {"required": {"dtype": (["bfloat16", "float16", "float32"],)}})
-    RETURN_TYPES = ()
+    INPUT_TYPES = classmethod(
+        lambda cls: {
+            "required": {"dtype": (["bfloat16", "float16", "float32"],)},
+            "optional": {"model": ("MODEL",), "vae": ("VAE",)},
+        }
+    )
+    RETURN_TYPES = ("MODEL", "VAE")
     FUNCTION = "set"
     OUTPUT_NODE = True
     CATEGORY = "test"
     IS_CHANGED = classmethod(lambda cls, dtype: float("nan"))
 
-    def set(self, dtype):
+    def set(self, dtype, model=None, vae=None):
         torch.set_default_dtype(getattr(torch, dtype))
-        return {}
+        return (model, vae)
 
 
 class LatentDtype:

@@ -127,8 +127,11 @@ def test_torchs_default_number_type_changes_no_draft(host, folder, default_dtype
     save_file(weights(DECODER), folder / "taesd3_decoder.safetensors")
     found = []
     for dtype in ("float32", "bfloat16"):
-        default_dtype(dtype)
+        default_dtype("float32")
         graph, save = graph_of("TSDSRDecode", draft=True)
+        inputs = next(node["inputs"] for node in graph.nodes.values() if node["class_type"] == "TSDSRLoadLora")
+        passed = graph.add("TestDefaultDtype", dtype=dtype, model=tuple(inputs["model"]), vae=tuple(inputs["vae"]))
+        inputs |= {"model": [passed, 0], "vae": [passed, 1]}
         result = host.run(graph)
         assert result.status == "success", result.error
         found.append(result.pictures(save)[0])

@@ -19,9 +19,10 @@ from tsdsr_core.families.sd3 import PROMPT_TOKENS
 from tsdsr_core.families.sd3.config import POOLED_SHAPE, TOKENS_SHAPE, TRANSFORMER_CONFIG, VAE_CONFIG
 from tsdsr_core.families.sd3.fold import fold_structure
 from tsdsr_core.tiles.memory import TileMemory
+from tsdsr_core.vae.attention import in_windows
 from tsdsr_core.vae.execute import run
 from tsdsr_core.vae.plan import Plan, plan_tiles
-from tsdsr_core.vae.program import Program, decoder_program, encoder_program, in_windows
+from tsdsr_core.vae.program import Program, decoder_program, encoder_program
 
 FACTOR = 8
 META = torch.device("meta")

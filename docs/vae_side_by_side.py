@@ -25,9 +25,10 @@ from tsdsr_core.cli.bench.benchmark import machine, synchronise
 from tsdsr_core.families.sd3.config import VAE_CONFIG
 from tsdsr_core.system.device import DTYPES, choose_device, choose_dtype, free_memory, free_ram, release_memory
 from tsdsr_core.system.peak import peak_memory
+from tsdsr_core.vae.attention import in_windows
 from tsdsr_core.vae.execute import plan_and_run
 from tsdsr_core.vae.plan import plan_tiles
-from tsdsr_core.vae.program import decoder_program, in_windows
+from tsdsr_core.vae.program import decoder_program
 
 FREE = 2.5e9
 

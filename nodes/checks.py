@@ -6,9 +6,10 @@ over a connection.  A dynamic choice that is missing or misspelt does not reach 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,9 +34,21 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
 
     @functools.wraps(execute)
     def run(cls: Any, **given: Any) -> io.NodeOutput:
-        return execute(cls, **_checked(cls.define_schema().inputs, given))
+        with _usual_numbers():
+            return execute(cls, **_checked(cls.define_schema().inputs, given))
 
     return run
+
+
+@contextlib.contextmanager
+def _usual_numbers() -> Iterator[None]:
+    """Within it torch's default number type is fp32, in which the host builds models: other packs set another and forget it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _checked(fields: Sequence[Any], given: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -52,6 +52,8 @@ class Patcher(Protocol):
 
     model: Any
     patches: dict[str, list[Any]]
+    object_patches: dict[str, Any]
+    object_patches_backup: dict[str, Any]
     load_device: torch.device
     cached_patcher_init: Any
     size: int
@@ -60,6 +62,7 @@ class Patcher(Protocol):
     def add_patches(self, patches: dict[str, Any], strength_patch: float = 1.0) -> list[str]: ...
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list[Any]]: ...
     def model_state_dict(self) -> dict[str, Tensor]: ...
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None: ...
 
 
 class HostModel(Patcher, Protocol):

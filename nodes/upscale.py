@@ -144,7 +144,7 @@ class Upscale(io.ComfyNode):
 
 def _units(plan: SizePlan, factor: int, model: Any, options: Options) -> int:
     """Progress units of one image: its tiles in all stages."""
-    latents = torch.empty(1, 1, plan.padded[0] // factor, plan.padded[1] // factor, device="meta")
+    latents = torch.empty(1, 1, plan.padded[0] // factor, plan.padded[1] // factor, dtype=torch.float32, device="meta")
     return 2 * host_vae.UNITS + len(sampling.plan_transformer_tiles(latents, model, options))
 
 

@@ -102,7 +102,7 @@ class Decode(io.ComfyNode):
         progress, device = running.NodeProgress(samples.shape[0] * host_vae.UNITS), running.image_device(vae.patcher)
         top, left, height, width = padded_latents.image_area(latent, factor)
         size = plan_target((height, width), 1, process_size=0)
-        result = torch.empty(len(samples), height, width, 3, device=running.results_device())
+        result = torch.empty(len(samples), height, width, 3, dtype=torch.float32, device=running.results_device())
 
         def decode(samples: Tensor) -> Tensor:
             pixels = decoder.decode(samples, progress) if decoder else host_vae.decode(vae, samples, progress, vae_tile or None)

@@ -12,7 +12,7 @@ from tsdsr_core.cli import main
 from .comfyui import frontend
 from .comfyui import host as host_module
 from .comfyui.graphs import SD3, make_sd3
-from .comfyui.host import Host
+from .comfyui.host import Graph, Host
 from .support.perceptual_files import Packages, make_packages
 from .support.tiny import Published, make_published, photo
 
@@ -90,6 +90,20 @@ def host(tmp_path_factory: pytest.TempPathFactory):
     write_picture(server.base / "input" / "alpha.png", Picture(photo(20, 26), alpha=photo(20, 26, 9)[:, :1]))
     yield server
     server.close()
+
+
+@pytest.fixture
+def default_dtype(host: Host):
+    """A function that sets torch's default number type in the host, by its name, until the end of a test."""
+
+    def set_default(dtype: str) -> None:
+        graph = Graph()
+        graph.add("TestDefaultDtype", dtype=dtype)
+        assert host.run(graph).status == "success"
+        host.post("/free", {"free_memory": True, "unload_models": True})  # so that loaders run again
+
+    yield set_default
+    set_default("float32")
 
 
 @pytest.fixture(scope="session")

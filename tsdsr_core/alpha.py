@@ -72,7 +72,8 @@ def enlarge_alpha(alpha: Tensor, size: Size) -> Tensor:
     larger = bicubic(alpha, size)
     lowest, highest = alpha, alpha
     for dim in (2, 3):
-        centre = (torch.arange(size[dim - 2], device=alpha.device) + 0.5) * (alpha.shape[dim] / size[dim - 2]) - 0.5
+        places = torch.arange(size[dim - 2], dtype=torch.float32, device=alpha.device)
+        centre = (places + 0.5) * (alpha.shape[dim] / size[dim - 2]) - 0.5
         nearest = [(centre.floor().long() + step).clamp(0, alpha.shape[dim] - 1) for step in (0, 1)]
         lowest = torch.minimum(*(lowest.index_select(dim, index) for index in nearest))
         highest = torch.maximum(*(highest.index_select(dim, index) for index in nearest))

@@ -127,7 +127,7 @@ _EPSILON, _KAPPA = 216 / 24389, 24389 / 27
 def rgb_to_lab(image: Tensor) -> Tensor:
     """sRGB ``(B, 3, H, W)`` in 0..1 to CIE 1976 L*a*b* (D65 white; L in 0..100)."""
     linear = torch.where(image <= 0.04045, image / 12.92, ((image.clamp_min(0) + 0.055) / 1.055) ** 2.4)
-    xyz = _mix(linear, torch.tensor(_RGB_TO_XYZ)) / _column(image, _D65)
+    xyz = _mix(linear, torch.tensor(_RGB_TO_XYZ, dtype=torch.float32)) / _column(image, _D65)
     f = torch.where(xyz > _EPSILON, xyz.clamp_min(_EPSILON) ** (1 / 3), (_KAPPA * xyz + 16) / 116)
     x, y, z = f.chunk(3, 1)
     return torch.cat((116 * y - 16, 500 * (x - y), 200 * (y - z)), 1)

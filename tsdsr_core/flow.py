@@ -48,4 +48,4 @@ def schedule(steps: int = SCHEDULE_STEPS, shift: float = SHIFT) -> Tensor:
     >>> schedule(4)
     tensor([1.0000, 0.9000, 0.7500, 0.5000])
     """
-    return shifted(torch.arange(steps, 0, -1) / steps, shift)
+    return shifted(torch.arange(steps, 0, -1, dtype=torch.float32) / steps, shift)

@@ -8,7 +8,7 @@ from typing import Any
 import comfy.lora
 import comfy.utils
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...tsdsr_core.families.bundle import Bundle, vae_weights
 from ...tsdsr_core.weights.vae_keys import weights_to_diffusers
@@ -21,23 +21,53 @@ from .vae import uncompiled
 def merged_weights(patcher: Patcher, prefix: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """All weights of a patcher's model under ``prefix``, without it, patches merged in fp32, on the CPU.
 
+    Buffers stay as they are, whatever the patches say: the host patches parameters alone.
+
     Args:
         dtype: of the result; None for what each weight has.
 
     Raises:
         ValueError: for a quantised model.
     """
-    quantised = [key for key in patcher.model_state_dict() if key.endswith((".weight_scale", ".comfy_quant"))]
-    if quantised:
-        raise ValueError(f"the model is quantised ({quantised[0]}): to save a checkpoint, load the model unquantised")
+    _check_plain(patcher)
     entries = patcher.get_key_patches(prefix)
+    buffers = {key for key, _ in patcher.model.named_buffers()}
     progress = running.NodeProgress(len(entries))
     merged = {}
     for key, ((weight, convert), *patches) in entries.items():
         value = convert(weight.to("cpu", torch.float32, copy=True), inplace=False)  # merging works in place
+        patches = [] if key in buffers else patches
         merged[plain_key(key.removeprefix(prefix))] = comfy.lora.calculate_weight(patches, value, key).to(dtype or weight.dtype)
         progress.update(1)
     return merged
+
+
+def _check_plain(patcher: Patcher) -> None:
+    """Raise ``ValueError`` for weights in a form of the host's, or of another pack, such as one for GGUF files."""
+    quantised = [key for key in patcher.model_state_dict() if key.endswith((".weight_scale", ".comfy_quant"))]
+    for key, weight in patcher.model.named_parameters():
+        if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+            quantised.append(f"{key} is a {type(weight).__name__} of {weight.dtype}")
+    if quantised:
+        raise ValueError(
+            f"the model is quantised ({quantised[0]}): to save a checkpoint, load the model unquantised (.safetensors)"
+        )
+
+
+def _check_saves_whole(model: HostModel, vae: Vae, conditioning: Conditioning) -> None:
+    """Raise ``ValueError`` where something changes the weights only while they run, which no file of weights can hold."""
+    for name, patcher in (("MODEL", model), ("VAE", vae.patcher)):
+        found = [*getattr(patcher, "injections", {}), *getattr(patcher, "weight_wrapper_patches", {})]
+        if found:
+            raise ValueError(
+                f"another node changes the {name} while it runs ({found[0]}), as Load LoRA (Bypass) does, which a checkpoint "
+                "cannot hold: use Load LoRA instead, or leave that node out"
+            )
+    if any(extra.get("hooks") for _, extra in conditioning) or getattr(model, "forced_hooks", None):
+        raise ValueError(
+            "the conditioning carries hooks, such as a hook LoRA, which a checkpoint cannot hold: use Load LoRA on the MODEL "
+            "instead, or leave the hooks out"
+        )
 
 
 def to_bundle(model: HostModel, vae: Vae, conditioning: Conditioning, dtype: torch.dtype, notes: Mapping[str, str]) -> Bundle:
@@ -46,7 +76,8 @@ def to_bundle(model: HostModel, vae: Vae, conditioning: Conditioning, dtype: tor
     The VAE's are as ``vae_weights`` gives them.
 
     Raises:
-        ValueError: for several prompts, of which a bundle holds one, and for a quantised model.
+        ValueError: for several prompts, of which a bundle holds one, for a quantised model, and for what acts on weights only
+            while they run.
     """
     if model.get_attachment(layers.POOLED) is not None:
         raise ValueError(
@@ -56,6 +87,7 @@ def to_bundle(model: HostModel, vae: Vae, conditioning: Conditioning, dtype: tor
         raise ValueError(
             f"the conditioning combines {len(conditioning)} prompts: a checkpoint can store only one; connect a single prompt"
         )
+    _check_saves_whole(model, vae, conditioning)
     native = merged_weights(model, "diffusion_model.", dtype)
     unet = model.model.model_config.unet_config
     heads = unet["depth"]

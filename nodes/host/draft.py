@@ -56,7 +56,7 @@ class Draft:
             raise ValueError(
                 f"{_NAME}.safetensors is missing in {folder}: get it from github.com/madebyollin/taesd, or turn draft off"
             )
-        self._decoder, self._dtype = TAESD(latent_channels=_CHANNELS).taesd_decoder, vae.vae_dtype
+        self._decoder, self._dtype = TAESD(latent_channels=_CHANNELS).taesd_decoder.float(), vae.vae_dtype
         weights = read_tensors(path)[0] if path.suffix.lower() in SUFFIXES else load_pickle(path)
         try:
             check_weights(path, weights)

@@ -115,7 +115,8 @@ def multiplies_int8(device: torch.device) -> bool:
         layout: Any = comfy.quant_ops.get_layout_class(name)
         if not layout.supports_fast_matmul():
             return False
-        form = {"scale": torch.full((32, 1), 1 / 127, device=device), "orig_dtype": torch.float16, "orig_shape": (32, 256)}
+        scale = torch.full((32, 1), 1 / 127, dtype=torch.float32, device=device)
+        form = {"scale": scale, "orig_dtype": torch.float16, "orig_shape": (32, 256)}
         numbers = torch.full((32, 256), 127, dtype=int8.STORED, device=device)
         weight = comfy.quant_ops.QuantizedTensor(numbers, name, layout.Params(**form, convrot=True, convrot_groupsize=256))
         product = nn.functional.linear(torch.ones(32, 256, dtype=torch.float16, device=device), weight)

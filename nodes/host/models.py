@@ -15,11 +15,12 @@ from torch import Tensor
 from ...tsdsr_core.families.bundle import Bundle, read_bundle
 from ...tsdsr_core.system.memory import is_out_of_memory
 from ...tsdsr_core.system.precision import fits
-from ...tsdsr_core.vae.program import decoder_program, encoder_program
+from ...tsdsr_core.vae.program import Replaced, decoder_program, encoder_program
 from ...tsdsr_core.weights.prompt import PromptEmbeds
 from ...tsdsr_core.weights.vae_keys import weights_to_original
 from ..types import Conditioning, HostModel, LatentFormat, Patcher, Vae
 from . import layers
+from .vae import changed_by_others, check_unchanged
 
 DEFAULTS: Final = "tsdsr_defaults"
 PREVIEW: Final = "tsdsr_preview"
@@ -77,7 +78,7 @@ def _check_scaling(bundle: Bundle, form: LatentFormat) -> None:
 
 def _set_preview(form: LatentFormat, rows: Sequence[Sequence[float]]) -> None:
     """Let the host's previews show this model's latents, which it shifts and scales: ``(z - shift) * scale``."""
-    *factors, added = torch.tensor(rows)
+    *factors, added = torch.tensor(rows, dtype=torch.float32)
     channels = torch.stack(factors)
     form.latent_rgb_factors = (channels / form.scale_factor).tolist()
     form.latent_rgb_factors_bias = (added + form.shift_factor * channels.sum(0)).tolist()
@@ -105,10 +106,9 @@ def build_vae(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -
         )
     if shape["widths"] == _SD3_WIDTHS:
         return comfy.sd.VAE(sd=sd, dtype=dtype)
-    sd.setdefault("quant_conv.weight", torch.eye(2 * shape["latents"])[:, :, None, None])
-    sd.setdefault("quant_conv.bias", torch.zeros(2 * shape["latents"]))
-    sd.setdefault("post_quant_conv.weight", torch.eye(shape["latents"])[:, :, None, None])
-    sd.setdefault("post_quant_conv.bias", torch.zeros(shape["latents"]))
+    for name, channels in (("quant_conv", 2 * shape["latents"]), ("post_quant_conv", shape["latents"])):
+        sd.setdefault(f"{name}.weight", torch.eye(channels, dtype=torch.float32)[:, :, None, None])
+        sd.setdefault(f"{name}.bias", torch.zeros(channels, dtype=torch.float32))
     first = shape["widths"][0]
     options = {
         "double_z": True, "z_channels": shape["latents"], "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": first,
@@ -190,10 +190,13 @@ def check_vae(vae: Vae, model: HostModel | None = None) -> None:
     module = getattr(vae, "first_stage_model", None)
     if module is None:
         raise ValueError(f"the VAE has no weights: {_OWN_VAES}")
+    check_unchanged(vae)
     try:
         encoder_program(module, patched=True)
         decoder_program(module, patched=True)
         understood = vae.latent_dim == 2 and module.decoder.conv_in.weight.shape[1] == vae.latent_channels
+    except Replaced as error:
+        raise ValueError(changed_by_others(str(error))) from error
     except (ValueError, AttributeError):
         understood = False
     if not understood:

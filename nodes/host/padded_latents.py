@@ -13,6 +13,7 @@ import weakref
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 KEY: Final = "tsdsr_placement"
 """Entry of a LATENT with its ``Placement``."""
-_TOLERANCE = 1e-3
-"""Of a cell's length; the host's shifts, scales and half precision stay below."""
+_TOLERANCE = 2**-7
+"""Of a cell's length: rounding to bf16 changes no number by more than half of it; shifts and scales stay far below."""
 _FIRST = 8
 """Cells that are looked at first: they settle most comparisons."""
 
@@ -127,9 +128,50 @@ def image_area(latent: Latent, factor: int) -> Area:
     return Area(top, left, bottom - top, right - left)
 
 
+def fitted_mask(mask: Tensor, latents: Tensor, stretched: bool = False) -> Tensor:
+    """A noise mask on the images of padded latents ``(B, C, h, w)``; beyond them it goes on as at their edge.
+
+    The host stretches a mask over the padding, so that it lies up to two cells beside its place.
+
+    Args:
+        mask: ``(N, c, H, W)``; if there are fewer masks than images, they repeat.
+        stretched: whether the host has done that already; undone, edges lie in their place but are a cell wider.
+
+    Returns:
+        ``(B, c, h, w)`` in fp32; ``mask`` where no padding is known or where the mask is as large as that with the image.
+    """
+    known = [_known_area(image) for image in latents.to("cpu", torch.float32)] if _alive else []
+    cells, factor = latents.shape[2:], next((found[1] for found in known if found), 0)
+    padded_size = torch.Size(side * factor for side in cells)
+    if not factor or (mask.shape[2:] in (cells, padded_size) and not stretched):
+        return mask
+    whole = Area(0, 0, *padded_size), factor
+    masks = mask.to("cpu", torch.float32)
+    fitted = [_sampled(masks[index % len(mask)], cells, *(found or whole)) for index, found in enumerate(known)]
+    return torch.stack(fitted).to(mask.device)
+
+
+def _known_area(image: Tensor) -> tuple[Area, int] | None:
+    """Where the image of one latent ``(C, h, w)`` lies, and the pixels per cell."""
+    for placement in list(_alive):
+        if area := placement.find(image):
+            return area, placement.factor
+    return None
+
+
+def _sampled(mask: Tensor, cells: torch.Size, area: Area, factor: int) -> Tensor:
+    """``mask`` ``(c, H, W)``, which covers ``area``, at the centres of latent cells: bilinear, as the host resizes masks."""
+    places = []
+    for count, start, length, size in zip(cells, area[:2], area[2:], mask.shape[1:], strict=True):
+        centres = (torch.arange(count, dtype=torch.float32) + 0.5) * factor
+        places.append((2 * (centres - start) / length - 1).clamp(1 / size - 1, 1 - 1 / size))
+    rows, columns = torch.meshgrid(*places, indexing="ij")
+    return F.grid_sample(mask[None], torch.stack((columns, rows), -1)[None], mode="bilinear", align_corners=False)[0]
+
+
 def _padded_cells(area: Area, factor: int, shape: tuple[int, ...]) -> Tensor:
     """Mask ``(h, w)`` of the cells that are not wholly within ``area``."""
-    rows, columns = (torch.arange(side) * factor for side in shape[-2:])
+    rows, columns = (torch.arange(side, dtype=torch.int64) * factor for side in shape[-2:])
     inside_rows = (rows >= area.top) & (rows + factor <= area.top + area.height)
     inside_columns = (columns >= area.left) & (columns + factor <= area.left + area.width)
     return ~(inside_rows[:, None] & inside_columns)

@@ -52,10 +52,15 @@ class TilesUsed:
 class OneStepSampler(comfy.samplers.Sampler):
     """``z_H = z_L - strength v(z_L, t = 1000)``, tile by tile."""
 
-    def __init__(self, options: Options, used: TilesUsed | None = None) -> None:
-        """Take strength and tiles of ``options``; ``used`` is filled with what the tiles came to."""
+    def __init__(self, options: Options, used: TilesUsed | None = None, mask_fits: bool = False) -> None:
+        """Take strength and tiles of ``options``; ``used`` is filled with what the tiles came to.
+
+        Args:
+            mask_fits: whether the noise mask lies on the images of padded latents, rather than being stretched over them.
+        """
         self.options = options
         self.used = used or TilesUsed()
+        self.mask_fits = mask_fits
 
     def sample(
         self, model_wrap: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, noise: Tensor,
@@ -93,7 +98,8 @@ class OneStepSampler(comfy.samplers.Sampler):
         v = _crop(velocity_in_memory(velocity, padded, host_tiling(base, self.options, memory), memory, tick), z)
         padded_latents.follow(z, v)
         if denoise_mask is not None:
-            v = v * check_mask(denoise_mask)
+            mask = check_mask(denoise_mask)
+            v = v * (mask if self.mask_fits else padded_latents.fitted_mask(mask, z, stretched=True))
         return one_step(z, v, self.options.strength) - offset
 
 
@@ -109,7 +115,7 @@ def run_one_step(
     """Run the step on unscaled latents ``(B, 16, h, w)``; returns the same shape in fp32 on the host's device for results.
 
     Args:
-        mask: where the step acts, 0..1, in any size that the host resizes to the latents'; None for everywhere.
+        mask: where the step acts, 0..1, in any size, over the images of the latents; None for everywhere.
         used: filled with what the tiles came to.
 
     Raises:
@@ -118,7 +124,9 @@ def run_one_step(
     check_model(model)
     check_conditioning(conditioning, model)
     _check_latents(latents, model)
-    mask = None if mask is None else check_mask(mask)
+    latents = latents.float()
+    if mask is not None:
+        mask = padded_latents.fitted_mask(check_mask(mask).reshape(-1, 1, *mask.shape[-2:]), latents)
     plan = plan_transformer_tiles(latents, model, options)
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning})
@@ -127,8 +135,8 @@ def run_one_step(
     output = guider.sample(
         torch.zeros_like(latents),
         latents,
-        OneStepSampler(options, used),
-        torch.tensor([1.0, 0.0]),
+        OneStepSampler(options, used, mask_fits=True),
+        torch.tensor([1.0, 0.0], dtype=torch.float32),
         denoise_mask=mask,
         callback=_callback(model, progress),
         disable_pbar=True,
@@ -151,7 +159,7 @@ def host_tiling(base: Any, options: Options, memory: TileMemory) -> Tiling:
 def check_model(model: HostModel) -> None:
     """Raise ``ValueError`` unless ``model`` is an SD3 model with its own timesteps."""
     check_sd3(model)
-    timestep = float(model.get_model_object("model_sampling").timestep(torch.tensor(1.0)))
+    timestep = float(model.get_model_object("model_sampling").timestep(torch.tensor(1.0, dtype=torch.float32)))
     if abs(timestep - TIMESTEP) > 1e-3:
         raise ValueError(
             f"another node changed the sampling of the MODEL (sigma 1 is timestep {timestep:g}, not 1000): remove that node"

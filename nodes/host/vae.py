@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.ops
+import comfy.utils
 import torch
 from torch import Tensor
 
@@ -71,6 +72,38 @@ def _run_half(vae: Vae, half: str, x: Tensor, progress: running.NodeProgress, ti
         return _run(vae, _PROGRAMS[half], x.to(dtype), tick, tile)
 
     return run_half(half, vae.vae_dtype, overflowed, run)
+
+
+def check_unchanged(vae: Vae) -> None:
+    """Raise ``ValueError`` where another node replaced methods of ``vae`` or parts of its model, which run nowhere here.
+
+    The host puts such parts into the model when it loads the copy of the VAE that asks for them, and leaves them there until it
+    loads another: they are taken out first, so that the VAE that shares the model with the copy is itself.
+    """
+    model, patcher = vae.first_stage_model, vae.patcher
+    for each in (patcher, *(loaded.model for loaded in comfy.model_management.current_loaded_models)):
+        if each is not None and each.model is model and each.object_patches_backup:
+            each.unpatch_model(unpatch_weights=False)
+    replaced = [name for name in ("encode", "decode") if name in vars(vae)]
+    replaced += [name for name, part in patcher.object_patches.items() if not _is_part(model, name, part)]
+    if replaced:
+        raise ValueError(changed_by_others(f"its {replaced[0]} was replaced"))
+
+
+def changed_by_others(what: str) -> str:
+    """The message for a VAE that another node changed."""
+    return (
+        f"another node changed the VAE, which TSD-SR runs part by part ({what}): leave that node out, such as one for seamless "
+        "tiling or for faster kernels"
+    )
+
+
+def _is_part(model: torch.nn.Module, name: str, part: Any) -> bool:
+    """Whether ``part`` is what ``model`` has under ``name``, compiled or not."""
+    try:
+        return plain(part) is plain(comfy.utils.get_attr(model, name))
+    except AttributeError:
+        return False
 
 
 def check_memory(vae: Vae, height: int, width: int, tile: int | None = None, decodes: bool = True) -> None:

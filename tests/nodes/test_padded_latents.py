@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 PLACE = Path(__file__).parents[2] / "nodes" / "host" / "padded_latents.py"
 SIZE, FACTOR = (44, 52), 8
@@ -92,7 +93,10 @@ def test_what_is_not_known_is_not_cut(placement, name):
 KEPT = {
     "a copy": lambda z: z.clone(),
     "a negative": lambda z: -3 * z,
-    "in half precision": lambda z: z.half(),
+    "in fp16": lambda z: z.half(),
+    "in bf16": lambda z: z.bfloat16(),
+    "in fp64": lambda z: z.double(),
+    "rounded to bf16 and scaled": lambda z: (0.3 * z.bfloat16().float()).bfloat16().float(),
     "other cells changed": lambda z: pasted(z, slice(0, 5), slice(0, 6)),
 }
 
@@ -146,3 +150,55 @@ def test_running_again_remembers_no_more(placement):
     for _ in range(5):
         placement.follow(z, latents(1))
     assert len(latent[placement.KEY].known) == 2
+
+
+def as_the_host(mask, size=(6, 8)):
+    return F.interpolate(mask, size, mode="bilinear")
+
+
+@pytest.mark.parametrize(("mirrored", "quarters"), TURNS)
+def test_a_mask_lies_on_the_image_in_every_turn(placement, mirrored, quarters):
+    """As if it had been padded as the image was, and then resized by the host."""
+    z, mask = latents(), torch.rand(1, 1, *SIZE, generator=torch.Generator().manual_seed(1))
+    latent = encoded(placement, z)
+    padded = as_the_host(F.pad(mask, (0, 12, 0, 4), mode="replicate"))
+    found = placement.fitted_mask(turned(mask, mirrored, quarters), turned(latent["samples"], mirrored, quarters))
+    torch.testing.assert_close(found, turned(padded, mirrored, quarters))
+
+
+@pytest.mark.parametrize("size", [(44, 52), (88, 104), (11, 13), (1, 500)])
+def test_a_mask_of_any_size_covers_the_image(placement, size):
+    """Its values are the places of its pixels between the left and the right border of the image."""
+    latent = encoded(placement, latents())
+    mask = ((torch.arange(size[1]) + 0.5) / size[1]).expand(1, 1, *size)
+    found = placement.fitted_mask(mask, latent["samples"])
+    centres = (torch.arange(8) + 0.5) * FACTOR / SIZE[1]
+    torch.testing.assert_close(found, centres.clamp(0.5 / size[1], 1 - 0.5 / size[1]).expand(1, 1, 6, 8))
+
+
+def test_masks_repeat_and_each_lies_on_its_own_image(placement):
+    z, masks = latents(batch=3), torch.rand(2, 1, *SIZE, generator=torch.Generator().manual_seed(1))
+    latent = encoded(placement, z)
+    samples = torch.cat((latent["samples"], latents(9)))
+    found = placement.fitted_mask(masks, samples)
+    padded = as_the_host(F.pad(masks, (0, 12, 0, 4), mode="replicate"))
+    torch.testing.assert_close(found, torch.cat((padded, padded[:1], as_the_host(masks[1:]))), msg="the last is not known")
+
+
+def test_a_mask_that_the_host_stretched_goes_back_to_its_place(placement):
+    latent = encoded(placement, latents())
+    mask = (torch.arange(52) >= 32).float().expand(1, 1, *SIZE)
+    found = placement.fitted_mask(as_the_host(mask), latent["samples"], stretched=True)
+    assert (found[..., :3] == 0).all()
+    assert (found[..., 3] < 0.5).all()
+    assert (found[..., 4] > 0.5).all()
+    assert (found[..., 5:] > 0.999).all()
+
+
+def test_a_mask_of_the_padded_size_is_left_alone(placement):
+    latent = encoded(placement, latents())
+    for size in ((48, 64), (6, 8)):
+        mask = torch.rand(1, 1, *size)
+        assert placement.fitted_mask(mask, latent["samples"]) is mask
+    mask = torch.rand(1, 1, *SIZE)
+    assert placement.fitted_mask(mask, latents(9)) is mask, "not known"

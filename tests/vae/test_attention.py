@@ -11,10 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 from tsdsr_core.errors import InputError
 from tsdsr_core.train.dry_run import LiveBytes
 from tsdsr_core.vae import attention as vae_attention
+from tsdsr_core.vae.attention import in_windows
 from tsdsr_core.vae.execute import kernels_of, run
 from tsdsr_core.vae.passes import NVIDIA, Kernels, PassSpec
 from tsdsr_core.vae.plan import plan_places
-from tsdsr_core.vae.program import Attention, Conv, KeyValue, decoder_program, in_windows
+from tsdsr_core.vae.program import Attention, Conv, KeyValue, decoder_program
 
 from .test_program import small_vae
 from .test_tiled import CPU, ROUNDING, latents, untiled, worst

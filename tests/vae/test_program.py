@@ -1,10 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
 
 from tsdsr_core.families.sd3.config import VAE_CONFIG
-from tsdsr_core.vae.program import Attention, KeyValue, decoder_program, encoder_program
+from tsdsr_core.vae.program import Attention, KeyValue, Replaced, decoder_program, encoder_program
 from tsdsr_core.weights.vae_keys import weights_to_original
 
 SMALL = {
@@ -256,6 +257,57 @@ def test_what_is_not_understood_is_named(half, apply, named):
     apply(vae)
     with pytest.raises(ValueError, match=f"the tiled VAE does not support .*{named}"):
         (decoder_program if half == "decoder" else encoder_program)(vae)
+
+
+def circular(conv: nn.Conv2d, mode: str = "circular"):
+    """As nodes for seamless tiling do it: a method of one layer, which is plain again with ``mode`` "constant"."""
+    width = conv.padding[0]
+
+    def forward(self, x, weight, bias):
+        return F.conv2d(F.pad(x, (width,) * 4, mode=mode), weight, bias, self.stride)
+
+    conv._conv_forward = forward.__get__(conv)
+
+
+def outside(conv: nn.Conv2d):
+    conv._conv_forward = lambda x, weight: x
+
+
+REPLACED = {
+    "a circular convolution": ("decoder.up_blocks.1.resnets.0.conv1", circular, "conv1: its _conv_forward was replaced"),
+    "one that takes something else": ("decoder.conv_out", outside, "conv_out: its _conv_forward was replaced"),
+    "circular padding": ("encoder.conv_in", lambda conv: setattr(conv, "padding_mode", "circular"), "its padding is circular"),
+    "a block": ("decoder.up_blocks.0.resnets.1", lambda block: setattr(block, "forward", lambda x: x), "its forward was"),
+    "a norm": ("encoder.conv_norm_out", lambda norm: setattr(norm, "forward", lambda x: x), "conv_norm_out: its forward was"),
+    "a projection": ("decoder.mid_block.attentions.0.to_q", lambda layer: setattr(layer, "forward", abs), "to_q: its forward"),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_replaced_method_is_named(name):
+    vae = small_vae()
+    path, replace, message = REPLACED[name]
+    replace(vae.get_submodule(path))
+    program = decoder_program if path.startswith("decoder") else encoder_program
+    with pytest.raises(Replaced, match=f"the tiled VAE does not support .*{message}"):
+        program(vae)
+
+
+@pytest.mark.parametrize(
+    "undo",
+    [
+        lambda conv: circular(conv, "constant"),
+        lambda conv: setattr(conv, "_conv_forward", nn.Conv2d._conv_forward.__get__(conv)),
+        lambda conv: setattr(conv, "forward", torch.compile(conv.forward)),
+    ],
+)
+def test_a_method_that_does_the_same_is_none(undo):
+    vae, plain = small_vae(), small_vae()
+    for conv in vae.modules():
+        if isinstance(conv, nn.Conv2d):
+            undo(conv)
+    assert len(decoder_program(vae)) == len(decoder_program(plain))
+    assert len(encoder_program(vae)) == len(encoder_program(plain))
 
 
 def test_other_objects_are_refused():

@@ -18,8 +18,8 @@ from ..system.device import free_memory, free_ram, release_memory
 from ..system.memory import ImageDevice, is_out_of_memory
 from ..system.precision import fits, half_dtype, run_half
 from ..tiles.memory import TileMemory
+from ..vae.attention import in_windows
 from ..vae.execute import check_memory, plan_and_run
-from ..vae.program import in_windows
 from ..weights.prompt import PromptEmbeds
 from . import family_of
 from .record import Family, Geometry
@@ -173,7 +173,7 @@ class Restorer:
         mean, log_variance = encoded.chunk(2, 1) if self.family.posterior else (encoded, encoded)
         if generator is None:
             return mean
-        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32).to(mean)
         return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
 
     @torch.inference_mode()

@@ -243,7 +243,7 @@ def _to_array(picture: Picture, full: int) -> np.ndarray:
     """The image as an array ``(H, W, 1..4)`` of whole numbers from 0 to ``full``."""
     colours = picture.rgb[0]
     if picture.grey:
-        colours = (colours * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
+        colours = (colours * torch.tensor([0.299, 0.587, 0.114], dtype=torch.float32)[:, None, None]).sum(0, keepdim=True)
     channels = colours if picture.alpha is None else torch.cat((colours, picture.alpha[0]))
     values = (channels.clamp(0, 1) * full).round().permute(1, 2, 0).numpy()
     return values.astype(np.uint8 if full == 255 else np.uint16)

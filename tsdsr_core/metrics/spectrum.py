@@ -62,11 +62,11 @@ def grid_peaks(image: Tensor, period: int) -> Tensor:
     step = side // period
     away = range(-min(_NEIGHBOURHOOD, step // 2), min(_NEIGHBOURHOOD, step // 2) + 1)
     along = [d for d in away if abs(d) > 1]
-    spots = torch.arange(0, side, step, device=image.device)
+    spots = torch.arange(0, side, step, dtype=torch.int64, device=image.device)
     ratio = _peaks(power, spots[:, None], spots, [(dy, dx) for dy in away for dx in away if max(abs(dy), abs(dx)) > 1])
     ratio[:, :, 0] = _peaks(power, spots, spots[:1], [(d, 0) for d in along])
     ratio[:, 0, :] = _peaks(power, spots[:1], spots, [(0, d) for d in along])
-    odd = torch.arange(period, device=image.device) % 2 == 1
+    odd = torch.arange(period, dtype=torch.int64, device=image.device) % 2 == 1
     lines = torch.cat((ratio[:, odd, 0], ratio[:, 0, odd]), 1).mean(1)
     return torch.maximum(lines, ratio[:, odd[:, None] | odd].mean(1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from .feature_map import FeatureMap, Workspace
 from .passes import KEY_TILE
-from .plan import Region, Step
-from .program import Attention, KeyValue
+from .plan import Region, Step, check_window
+from .program import Attention, KeyValue, Program
 
 
 def project_keys_and_values(work: Workspace, op: KeyValue, step: Step, x: FeatureMap) -> tuple[FeatureMap, FeatureMap]:
@@ -108,3 +109,18 @@ def _tokens(tile: Tensor) -> Tensor:
 def _tile(tokens: Tensor, like: Tensor) -> Tensor:
     """``(1, 1, h * w, C)`` as ``(1, C, h, w)``."""
     return tokens.reshape(1, *like.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def in_windows(program: Program, window: int | None) -> Program:
+    """``program`` with attention limited to a window: an estimate of the exact result, in time linear in the pixels.
+
+    Args:
+        window: cells beyond a tile of queries, on each side, that the queries see, at least 16; None for all cells.
+
+    Raises:
+        InputError: for a smaller window.
+    """
+    if window is None:
+        return program
+    check_window(window)
+    return tuple(replace(op, spec=replace(op.spec, window=window)) if isinstance(op, Attention) else op for op in program)

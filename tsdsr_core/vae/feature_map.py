@@ -49,7 +49,7 @@ class Workspace:
 
     def __init__(self, x: Tensor, plan: Plan, device: torch.device, weights_of: WeightsOf, tiles: TileLoop) -> None:
         self.plan, self.weights_of, self.tiles, self.dtype = plan, weights_of, tiles, x.dtype
-        self.mover = Mover(torch.empty(0, device=device).device)  # with its index
+        self.mover = Mover(torch.empty(0, dtype=torch.float32, device=device).device)  # with its index
         channels_last = x.dtype.itemsize == 2 and device.type in ("cuda", "cpu") and not plan.kernels.unfolded
         self.layout = torch.channels_last if channels_last else torch.contiguous_format  # fp32 rounds less in the latter
         self.norms = norms_for(self.mover.device, x.dtype, self.layout)

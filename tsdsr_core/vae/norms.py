@@ -127,7 +127,7 @@ def _by_group(values: tuple[Tensor, ...], groups: int) -> Tensor:
 def _shares(counts: tuple[int, ...], channels: int, device: torch.device) -> Tensor:
     """The pixels of each part, once for each channel of a group; kept on the device, since image sizes repeat."""
     if len(counts) == 1:
-        return torch.ones(channels, device=device)
+        return torch.ones(channels, dtype=torch.float32, device=device)
     return torch.tensor(counts, dtype=torch.float32, device=device).repeat_interleave(channels)
 
 
@@ -159,8 +159,9 @@ def _agrees(norms: Norms, device: torch.device, dtype: torch.dtype, layout: torc
     """Whether ``norms`` gives what fp32 gives, for a map of two parts of which one is a cut-out."""
     norm = nn.GroupNorm(4, 32, eps=1e-6)
     draw = torch.Generator().manual_seed(0)
-    weight, bias = (torch.randn(32, generator=draw).to(device, dtype) for _ in range(2))
-    maps = torch.randn(3, 32, 40, 24, generator=draw).add_(torch.arange(32.0)[:, None, None]).to(device, dtype)
+    weight, bias = (torch.randn(32, generator=draw, dtype=torch.float32).to(device, dtype) for _ in range(2))
+    levels = torch.arange(32, dtype=torch.float32)[:, None, None]
+    maps = torch.randn(3, 32, 40, 24, generator=draw, dtype=torch.float32).add_(levels).to(device, dtype)
     first, second, x = (part.contiguous(memory_format=layout) for part in maps.split(1))
     found = []
     for kind in (norms, WideNorms()):

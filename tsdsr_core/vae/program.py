@@ -7,16 +7,22 @@ through ``torch.compile`` count as what they were made of: the passes need their
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
 from .passes import PassSpec
-from .plan import check_window
+
+
+class Replaced(InputError):
+    """A part of a supported kind that calculates something else, because its padding or a method of it was replaced."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +80,7 @@ class _Layout:
     """Whether the decoder's levels are listed from the finest on."""
 
 
+_WHOLE = "the autoencoder"
 _LAYOUTS = (
     _Layout(
         {"encoder": "down_blocks", "decoder": "up_blocks"}, "resnets",
@@ -118,21 +125,6 @@ def encoder_program(vae: Any, patched: bool = False) -> Program:
     return _measured([*_half(vae, "encoder", patched), *_pointwise(vae, "quant_conv")])
 
 
-def in_windows(program: Program, window: int | None) -> Program:
-    """``program`` with attention limited to a window: an estimate of the exact result, in time linear in the pixels.
-
-    Args:
-        window: cells beyond a tile of queries, on each side, that the queries see, at least 16; None for all cells.
-
-    Raises:
-        InputError: for a smaller window.
-    """
-    if window is None:
-        return program
-    check_window(window)
-    return tuple(replace(op, spec=replace(op.spec, window=window)) if isinstance(op, Attention) else op for op in program)
-
-
 def plain(module: Any) -> Any:
     """``module``, or what it was before ``torch.compile``."""
     while isinstance(module, nn.Module) and "_orig_mod" in dict(module.named_children()):
@@ -156,8 +148,8 @@ def _pointwise(vae: Any, name: str) -> list[Op]:
 
 def _half(vae: Any, half: Literal["encoder", "decoder"], patched: bool) -> list[Op]:
     vae = plain(vae)
-    _check("the autoencoder", vae, ("encoder", "decoder", "quant_conv", "post_quant_conv", "regularization"))
-    root = _child(vae, "the autoencoder", half)
+    _check(_WHOLE, vae, ("encoder", "decoder", "quant_conv", "post_quant_conv", "regularization"))
+    root = _child(vae, _WHOLE, half)
     layout = next((layout for layout in _LAYOUTS if hasattr(root, layout.levels[half])), None)
     if layout is None:
         raise _unsupported(half, root, "it has no levels of a known name")
@@ -238,6 +230,7 @@ def _attention(name: str, attention: Any, layout: _Layout, patched: bool) -> lis
         return []
     norm = _norm(f"{name}.{layout.projections[0]}", norm)
     for part, module in zip(layout.projections[1:], (query, key, value, out), strict=True):
+        _check_methods(f"{name}.{part}", module)
         if not isinstance(module, nn.Linear):
             _conv(f"{name}.{part}", module, 1)
     width = norm.num_channels
@@ -252,6 +245,7 @@ def _conv(
     padding = kernel // 2 if padding is None else padding
     if not isinstance(module, nn.Conv2d):
         raise _unsupported(name, module, "expected a Conv2d")
+    _check_methods(name, module)
     found = module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode
     if found != ((kernel, kernel), (stride, stride), (padding, padding), (1, 1), "zeros"):
         raise _unsupported(name, module, f"kernel, stride, padding, dilation and padding mode are {found}")
@@ -262,6 +256,7 @@ def _conv(
 def _norm(name: str, module: Any) -> nn.GroupNorm:
     if not isinstance(module, nn.GroupNorm):
         raise _unsupported(name, module, "expected a GroupNorm")
+    _check_methods(name, module)
     return module
 
 
@@ -288,6 +283,7 @@ def _check(name: str, module: Any, parts: Any) -> None:
     """Raise ``InputError`` where ``module`` has parts or settings that would be left out."""
     if not isinstance(module, nn.Module):
         raise _unsupported(name, module, "expected a module")
+    _check_methods(name, module)
     for part, child in module.named_children():
         child = plain(child)
         if isinstance(child, nn.ModuleList) and not len(child):
@@ -300,6 +296,27 @@ def _check(name: str, module: Any, parts: Any) -> None:
         found = getattr(module, setting, value)
         if found != value and not isinstance(found, nn.Module):
             raise _unsupported(name, module, f"{setting} is {found!r}")
+
+
+def _check_methods(name: str, module: nn.Module) -> None:
+    """Raise ``Replaced`` where a method of this one module is not its class's; libraries may wrap the whole autoencoder."""
+    for method in {"forward", "_conv_forward"} & vars(module).keys():
+        found = vars(module)[method]
+        found = inspect.unwrap(found) if hasattr(found, "_torchdynamo_orig_callable") else found  # what was compiled
+        same = getattr(found, "__func__", found) is getattr(type(module), method) or name == _WHOLE
+        if not same and not (method == "_conv_forward" and _pads_zeros(module)):
+            raise Replaced(f"the tiled VAE does not support {name}: its {method} was replaced")
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        raise Replaced(f"the tiled VAE does not support {name}: its padding is {module.padding_mode}")
+
+
+def _pads_zeros(conv: Any) -> bool:
+    """Whether a replaced ``_conv_forward`` does the same all the same, as those for seamless tiling do when it is off."""
+    x, weight = (torch.ones(1, 1, *side, dtype=torch.float32, device="cpu") for side in ((4, 4), conv.kernel_size))
+    try:
+        return torch.equal(conv._conv_forward(x, weight, None), F.conv2d(x, weight, None, conv.stride, conv.padding))
+    except Exception:  # whatever it needs, it is not the plain one
+        return False
 
 
 def _find(module: Any, path: str) -> Any:

@@ -24,9 +24,9 @@ _LUMA = {
 """Weights of red and blue in luma, by ITU-T H.273's number of the matrix."""
 _LAYOUTS = {(1, 1): "444", (2, 1): "422", (2, 2): "420", (1, 2): "440", (4, 1): "411"}
 """What formats are called whose chroma has so many times fewer columns and rows."""
-_DOWN = torch.tensor([[1.0, 2.0, 1.0], [1.0, 2.0, 1.0]]) / 8
+_DOWN = torch.tensor([[1.0, 2.0, 1.0], [1.0, 2.0, 1.0]], dtype=torch.float32) / 8
 """Halves both sides of the chroma; its samples lie on the left ones of the luma and between its rows, H.264's default."""
-_BETWEEN = torch.tensor([-1.0, 9.0, 9.0, -1.0]) / 16
+_BETWEEN = torch.tensor([-1.0, 9.0, 9.0, -1.0], dtype=torch.float32) / 16
 """The value in the middle of four."""
 
 

@@ -55,7 +55,7 @@ def quantise(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
         scale = _scale({key: float(weights[key].abs().max()) for key in keys})
         for key in keys:
             found[key] = (weights[key].float() / scale).to(STORED)
-            found[key + SCALE] = torch.tensor(scale)
+            found[key + SCALE] = torch.tensor(scale, dtype=torch.float32)
     return found
 
 

@@ -105,8 +105,8 @@ def check_scales(weights: Mapping[str, Tensor]) -> None:
 
 def _hadamard(size: int) -> Tensor:
     """``H`` with ``size`` rows, a power of 4, in fp32 on the CPU."""
-    one = torch.ones(1, 1, device="cpu")
-    factor = (torch.ones(4, 4, device="cpu") - 2 * torch.eye(4, device="cpu").flip(0)) / 2
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    factor = (1 - 2 * torch.eye(4, dtype=torch.float32, device="cpu").flip(0)) / 2
     while len(one) < size:
         one = torch.kron(one, factor)
     return one

@@ -74,7 +74,7 @@ class Lora:
             tensors[f"{name}.lora_A.weight"] = pair.down
             tensors[f"{name}.lora_B.weight"] = pair.up
             if pair.alpha != pair.rank:
-                tensors[f"{name}.alpha"] = torch.tensor(pair.alpha)
+                tensors[f"{name}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
         return tensors
 
 

@@ -87,7 +87,7 @@ class PromptEmbeds:
         if count < 1:
             raise InputError(f"{count} prompt tokens: expected at least 1")
         tokens = self.tokens[0].float()
-        kept, distance = [0], torch.full((len(tokens),), torch.inf, device=tokens.device)
+        kept, distance = [0], torch.full((len(tokens),), torch.inf, dtype=torch.float32, device=tokens.device)
         while len(kept) < min(count, len(tokens)):
             distance = distance.minimum((tokens - tokens[kept[-1]]).norm(dim=1))
             distance[kept] = -1

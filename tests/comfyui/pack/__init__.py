@@ -1,5 +1,6 @@
 """A second node pack that the tests put into the real host: what no stock node gives them."""
 
+import copy
 import gc
 import json
 import logging
@@ -106,6 +107,31 @@ class SmallModel:
         return (patched,)
 
 
+class Packed(torch.Tensor):
+    """Bytes that stand for numbers, as the packs for GGUF files keep weights."""
+
+
+class PackedModel:
+    """A model of a checkpoint of this pack with a weight that another pack quantised."""
+
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"model": ("MODEL",), "kind": (["its own class", "bytes", "more in its state dict"],)}}
+    )
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, model, kind):
+        build, arguments = model.cached_patcher_init
+        made = build(*arguments)
+        layer = made.model.diffusion_model.x_embedder.proj
+        if kind == "more in its state dict":
+            layer._register_state_dict_hook(lambda layer, found, prefix, local: found.update({f"{prefix}temp.weight": None}))
+        stored = torch.zeros(layer.weight.shape, dtype=torch.uint8)
+        layer.weight = torch.nn.Parameter(stored if kind == "bytes" else stored.as_subclass(Packed), requires_grad=False)
+        return (made,)
+
+
 class OtherModel:
     """A model and a VAE of other families."""
 
@@ -151,6 +177,127 @@ class CompiledVae:
         module = made.first_stage_model
         module.encoder, module.decoder = torch.compile(module.encoder), torch.compile(module.decoder)
         return (made,)
+
+
+class FusedNorm(torch.nn.Module):
+    """A norm and SiLU in one, with the norm's weights, as packs for faster kernels put it into a VAE."""
+
+    def __init__(self, norm, silu):
+        super().__init__()
+        self.weight, self.bias, self.groups, self.eps, self.silu = norm.weight, norm.bias, norm.num_groups, norm.eps, silu
+
+    def forward(self, x):
+        x = torch.nn.functional.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+        return torch.nn.functional.silu(x) if self.silu else x
+
+
+def circular(conv, x, weight, bias):
+    sides = conv._reversed_padding_repeated_twice
+    return torch.nn.functional.conv2d(torch.nn.functional.pad(x, sides, mode=conv.seamless), weight, bias, conv.stride)
+
+
+class ReplacedVae:
+    """The VAE after another pack: parts for its copy alone, methods of its layers, or one of its own replaced."""
+
+    INPUT_TYPES = classmethod(
+        lambda cls: {
+            "required": {
+                "vae": ("VAE",),
+                "kind": (
+                    ["norms", "compiled", "methods", "methods, off", "padding mode", "method of the VAE", "parts of a block"],
+                ),
+            }
+        }
+    )
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, vae, kind):
+        made = copy.copy(vae)
+        if kind == "method of the VAE":
+            made.decode = lambda *args, **kwargs: vae.decode(*args, **kwargs)
+            return (made,)
+        if kind in ("norms", "compiled", "parts of a block"):
+            made.patcher = vae.patcher.clone()
+            patches = self.norms(made.first_stage_model) if kind == "norms" else {}
+            if kind == "compiled":
+                patches = {name: torch.compile(getattr(made.first_stage_model, name)) for name in ("encoder", "decoder")}
+            if kind == "parts of a block":
+                patches = {"decoder.conv_out": copy.deepcopy(made.first_stage_model.decoder.conv_out)}
+            for name, part in patches.items():
+                made.patcher.add_object_patch(name, part)
+            return (made,)
+        made.first_stage_model = copy.deepcopy(vae.first_stage_model)
+        made.patcher = comfy.model_patcher.ModelPatcher(
+            made.first_stage_model, vae.patcher.load_device, vae.patcher.offload_device
+        )
+        for layer in made.first_stage_model.modules():
+            if isinstance(layer, torch.nn.Conv2d) and kind == "padding mode":
+                layer.padding_mode = "circular"
+            elif isinstance(layer, torch.nn.Conv2d):
+                layer.seamless = "constant" if kind == "methods, off" else "circular"
+                layer._conv_forward = circular.__get__(layer)
+        return (made,)
+
+    def norms(self, model):
+        found = {}
+        for name, part in model.named_modules():
+            if name.endswith((".norm1", ".norm2", ".norm_out")):
+                found[name] = FusedNorm(part, not name.endswith(".norm_out"))
+            elif name.endswith(".swish"):
+                found[name] = torch.nn.Identity()
+        return found
+
+
+class DefaultDtype:
+    """Sets torch's default number type from now on, as some packs do and forget; passes on what was loaded before."""
+
+    INPUT_TYPES = classmethod(
+        lambda cls: {
+            "required": {"dtype": (["bfloat16", "float16", "float32"],)},
+            "optional": {"model": ("MODEL",), "vae": ("VAE",)},
+        }
+    )
+    RETURN_TYPES = ("MODEL", "VAE")
+    FUNCTION = "set"
+    OUTPUT_NODE = True
+    CATEGORY = "test"
+    IS_CHANGED = classmethod(lambda cls, dtype: float("nan"))
+
+    def set(self, dtype, model=None, vae=None):
+        torch.set_default_dtype(getattr(torch, dtype))
+        return (model, vae)
+
+
+class LatentDtype:
+    """A latent in another number type, as some nodes hand it on; back in fp32 after ``rounded``."""
+
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"latent": ("LATENT",), "kind": (["bfloat16", "float16", "float64", "rounded"],)}}
+    )
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+
+    def make(self, latent, kind):
+        samples = latent["samples"]
+        made = samples.bfloat16().float() if kind == "rounded" else samples.to(getattr(torch, kind))
+        return ({**latent, "samples": made},)
+
+
+class Change:
+    """Says by how much the columns of two latents differ at least and at most."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"one": ("LATENT",), "other": ("LATENT",)}})
+    RETURN_TYPES = ()
+    FUNCTION = "say"
+    OUTPUT_NODE = True
+    CATEGORY = "test"
+
+    def say(self, one, other):
+        change = (one["samples"] - other["samples"]).abs().amax((0, 1))
+        return {"ui": {"text": [json.dumps([change.amin(0).tolist(), change.amax(0).tolist()])]}}
 
 
 class TypeOfVae:
@@ -339,7 +486,7 @@ class Prompt:
 _NODES = (
     OddImage, OddLatent, OddMask, Wrapped, SmallModel, OtherModel, CoarseVae, CompiledVae, TypeOfVae, Difference, Weights,
     Rebuilt, Int8Products, MultipliesInt8, Velocity, Census, Prompt, BadValues, Text, Value, Disc, SwitchedVae, Previews,
-    FreeMemory,
+    FreeMemory, PackedModel, ReplacedVae, DefaultDtype, LatentDtype, Change,
 )  # fmt: skip
 NODE_CLASS_MAPPINGS = {f"Test{node.__name__}": node for node in _NODES}
 """Ids that are no literals: directories of nodes read the source and would take them for nodes of the pack."""

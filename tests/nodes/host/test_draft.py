@@ -121,3 +121,18 @@ def test_a_replaced_decoder_is_read_again(host, folder):
         save_file(changed, folder / "taesd3_decoder.safetensors")
         pictures.append(host.run(graph).pictures(save)[0].astype(int))
     assert np.abs(pictures[0] - pictures[1]).mean() > 4
+
+
+def test_torchs_default_number_type_changes_no_draft(host, folder, default_dtype):
+    save_file(weights(DECODER), folder / "taesd3_decoder.safetensors")
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        default_dtype("float32")
+        graph, save = graph_of("TSDSRDecode", draft=True)
+        inputs = next(node["inputs"] for node in graph.nodes.values() if node["class_type"] == "TSDSRLoadLora")
+        passed = graph.add("TestDefaultDtype", dtype=dtype, model=tuple(inputs["model"]), vae=tuple(inputs["vae"]))
+        inputs |= {"model": [passed, 0], "vae": [passed, 1]}
+        result = host.run(graph)
+        assert result.status == "success", result.error
+        found.append(result.pictures(save)[0])
+    assert np.array_equal(*found)

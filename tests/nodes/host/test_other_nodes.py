@@ -1,5 +1,6 @@
 """Stock nodes beside this pack's: what they save, what they keep, and what they hand over, in a real ComfyUI."""
 
+import json
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ from tsdsr_core.families.bundle import read_bundle
 
 from ...comfyui.graphs import BUILTIN, TILES, load_sd3, stages
 from ...comfyui.host import Graph
+from ...comfyui.latent_cases import Bench
 from .test_bad_input import fold_builtin
 from .test_files import builtin, fail, save_builtin, succeed
 
@@ -124,3 +126,25 @@ def masked(kind: str | None, covered: float | None = None) -> tuple[Graph, str]:
     step = graph.add("TSDSROneStep", model=(loader, 0), conditioning=(loader, 2), latent=(latent, 0), strength=1.0, **TILES)
     decoded = graph.add("TSDSRDecode", latent=(step, 0), vae=(loader, 1))
     return graph, graph.add("SaveImage", images=(decoded, 0), filename_prefix="masked")
+
+
+@pytest.mark.parametrize("way", ["node", "sampler"])
+@pytest.mark.parametrize("size", [(44, 52), (88, 104), (22, 26)])
+def test_a_noise_mask_of_a_padded_image_lies_where_the_image_does(size, way, host):
+    """The image has 13 of 14 columns of cells; the mask begins with the tenth of them, in an image of any size."""
+    bench = Bench(BUILTIN)
+    height, width = size
+    black = bench.add("SolidMask", value=0.0, width=width, height=height)
+    right = bench.add("SolidMask", value=1.0, width=width - 10 * width // 13, height=height)
+    mask = bench.add("MaskComposite", destination=black, source=right, x=10 * width // 13, y=0, operation="add")
+    step = bench.step if way == "node" else bench.sampled
+    whole = step(bench.latent("a"))
+    masked = step(bench.add("SetLatentNoiseMask", samples=bench.latent("a"), mask=mask))
+    said = [bench.graph.add("TestChange", one=masked, other=other) for other in (bench.latent("a"), whole)]
+    outputs = succeed(host, bench.graph).outputs
+    (_, acted), (_, missing) = (json.loads(outputs[node]["text"][0]) for node in said)
+    last, first = (10, 10) if way == "node" else (9, 11)  # the host has blurred its edge by a cell on either side
+    assert max(acted[:last]) < 1e-5
+    assert max(missing[first:]) < 1e-5
+    assert acted[9] < missing[9]
+    assert acted[10] > missing[10]

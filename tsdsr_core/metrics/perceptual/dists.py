@@ -35,8 +35,8 @@ class Dists(nn.Module):
         total = alpha.sum() + beta.sum()
         self.register_buffer("alpha", alpha / total)
         self.register_buffer("beta", beta / total)
-        self.register_buffer("mean", torch.tensor(_MEAN)[:, None, None])
-        self.register_buffer("deviation", torch.tensor(_DEVIATION)[:, None, None])
+        self.register_buffer("mean", torch.tensor(_MEAN, dtype=torch.float32)[:, None, None])
+        self.register_buffer("deviation", torch.tensor(_DEVIATION, dtype=torch.float32)[:, None, None])
 
     def forward(self, image: Tensor, reference: Tensor) -> Tensor:
         """The distance of each pair, ``(B,)``.
@@ -66,7 +66,7 @@ class L2Pool(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        row = torch.tensor([0.25, 0.5, 0.25])
+        row = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float32)
         self.register_buffer("window", torch.outer(row, row).expand(channels, 1, 3, 3).contiguous())
 
     def forward(self, values: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ class Lpips(nn.Module):
         self.stages.load(weights.tensors, net)
         heads = [weights.tensors[f"lpips.{net}.{index}"][:, None, None] for index in range(len(CHANNELS[net]))]
         self.heads = nn.ParameterList(nn.Parameter(head, requires_grad=False) for head in heads)
-        self.register_buffer("shift", torch.tensor(_SHIFT)[:, None, None])
-        self.register_buffer("scale", torch.tensor(_SCALE)[:, None, None])
+        self.register_buffer("shift", torch.tensor(_SHIFT, dtype=torch.float32)[:, None, None])
+        self.register_buffer("scale", torch.tensor(_SCALE, dtype=torch.float32)[:, None, None])
 
     def forward(self, image: Tensor, reference: Tensor) -> Tensor:
         """The distance of each pair, ``(B,)``.

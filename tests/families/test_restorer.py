@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tsdsr_core.families import restorer
 from tsdsr_core.families.folder import check_folder, folder_shapes
+from tsdsr_core.families.load import load
 from tsdsr_core.families.restorer import Restorer
 from tsdsr_core.families.sd3.fold import fold
 from tsdsr_core.pipeline import Options, restore
@@ -23,7 +24,7 @@ SMALL = Options(process_size=0)
 
 
 def loaded(published: Published, dtype=torch.float32, **strengths) -> Restorer:
-    return loaded(published.sd3, loras=published.loras, prompt=published.embeddings, device=CPU, dtype=dtype, **strengths)
+    return load(published.sd3, loras=published.loras, prompt=published.embeddings, device=CPU, dtype=dtype, **strengths)
 
 
 def test_geometry_comes_from_the_configuration(published):
@@ -83,9 +84,9 @@ def test_vae_weights_beyond_fp16_stay_in_fp32(published, tmp_path, caplog):
     save_file(weights, path)
     prompt, low = load_prompt(published.embeddings), photo(24, 24)
     with caplog.at_level(logging.WARNING):
-        model = loaded(tmp_path / "sd3", loras=(), prompt=prompt, device=CPU, dtype=torch.float16)
+        model = load(tmp_path / "sd3", loras=(), prompt=prompt, device=CPU, dtype=torch.float16)
     assert "the VAE decoder has weights beyond float16" in caplog.text
-    exact = loaded(tmp_path / "sd3", loras=(), prompt=prompt, device=CPU, dtype=torch.float32)
+    exact = load(tmp_path / "sd3", loras=(), prompt=prompt, device=CPU, dtype=torch.float32)
     assert (restore(low, model.model(), SMALL) - restore(low, exact.model(), SMALL)).abs().max() < 0.05
     assert next(model.vae.encoder.parameters()).dtype == torch.float16
 
@@ -162,8 +163,8 @@ def test_strengths_reach_their_own_lora(published):
 
 
 def test_idle_attention_is_skipped_without_a_difference(published):
-    plain = loaded(published.sd3, loras=(), prompt=load_prompt(published.embeddings), device=CPU, dtype=torch.float32)
-    zeroed = loaded(published.sd3, loras=(), prompt=load_prompt(published.embeddings), device=CPU, dtype=torch.float32)
+    plain = load(published.sd3, loras=(), prompt=load_prompt(published.embeddings), device=CPU, dtype=torch.float32)
+    zeroed = load(published.sd3, loras=(), prompt=load_prompt(published.embeddings), device=CPU, dtype=torch.float32)
     for model in (plain, zeroed):
         for half in (model.vae.encoder, model.vae.decoder):
             for parameter in half.mid_block.attentions[0].to_out.parameters():
@@ -180,28 +181,28 @@ def test_the_transformer_of_sd35_medium_runs_unchanged(published, tmp_path):
     SD3Transformer2DModel(**TRANSFORMER, qk_norm="rms_norm", dual_attention_layers=(0,)).save_pretrained(
         tmp_path / "transformer"
     )
-    model = loaded(tmp_path, loras=(), prompt=load_prompt(published.embeddings), device=CPU, dtype=torch.float32)
+    model = load(tmp_path, loras=(), prompt=load_prompt(published.embeddings), device=CPU, dtype=torch.float32)
     assert torch.isfinite(restore(photo(24, 24), model.model(), SMALL)).all()
     loras = load_lora(published.loras / "transformer.safetensors"), load_lora(published.loras / "vae.safetensors")
     with pytest.raises(ValueError, match=r"transformer_blocks.0.norm1.linear \(LoRA \(192, 32\), model \(288, 32\)\)"):
-        loaded(tmp_path, loras=loras, prompt=load_prompt(published.embeddings), device=CPU, dtype=torch.float32)
+        load(tmp_path, loras=loras, prompt=load_prompt(published.embeddings), device=CPU, dtype=torch.float32)
 
 
 def test_embeddings_of_another_model_are_refused(published):
     prompt = PromptEmbeds(torch.zeros(1, 333, 4096), torch.zeros(1, 2048))
     with pytest.raises(ValueError, match=r"widths \(4096, 2048\) do not fit this transformer, which takes \(24, 20\)"):
-        loaded(published.sd3, loras=(), prompt=prompt, device=CPU, dtype=torch.float32)
+        load(published.sd3, loras=(), prompt=prompt, device=CPU, dtype=torch.float32)
 
 
 def test_swapped_or_foreign_folders_are_named(published, tmp_path):
     prompt = load_prompt(published.embeddings)
     with pytest.raises(ValueError, match="is not a model folder"):
-        loaded(tmp_path, loras=(), prompt=prompt, device=CPU, dtype=torch.float32)
+        load(tmp_path, loras=(), prompt=prompt, device=CPU, dtype=torch.float32)
     shutil.copytree(published.sd3, tmp_path / "sd3")
     config = tmp_path / "sd3" / "transformer" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "FluxTransformer2DModel"}))
     with pytest.raises(ValueError, match="is for a FluxTransformer2DModel: expected SD3Transformer2DModel"):
-        loaded(tmp_path / "sd3", loras=(), prompt=prompt, device=CPU, dtype=torch.float32)
+        load(tmp_path / "sd3", loras=(), prompt=prompt, device=CPU, dtype=torch.float32)
 
 
 def test_damaged_weights_are_named(published, tmp_path):
@@ -209,7 +210,7 @@ def test_damaged_weights_are_named(published, tmp_path):
     weights = next((tmp_path / "sd3" / "vae").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="vae cannot be loaded"):
-        loaded(tmp_path / "sd3", loras=(), prompt=load_prompt(published.embeddings), device=CPU, dtype=torch.float32)
+        load(tmp_path / "sd3", loras=(), prompt=load_prompt(published.embeddings), device=CPU, dtype=torch.float32)
 
 
 def test_missing_and_unexpected_weights_are_named(published, tmp_path):
@@ -220,7 +221,7 @@ def test_missing_and_unexpected_weights_are_named(published, tmp_path):
     weights["foo.weight"] = weights.pop("decoder.conv_in.bias")
     save_file(weights, file, {"format": "pt"})
     for look in (
-        lambda: loaded(tmp_path / "sd3", loras=(), prompt=prompt, device=CPU, dtype=torch.float32),
+        lambda: load(tmp_path / "sd3", loras=(), prompt=prompt, device=CPU, dtype=torch.float32),
         lambda: check_folder(tmp_path / "sd3", "vae"),
     ):
         with pytest.raises(ValueError, match=r"decoder\.conv_in\.bias") as caught:
@@ -234,7 +235,7 @@ def test_odd_configurations_are_named(text, published, tmp_path):
     shutil.copytree(published.sd3, tmp_path / "sd3")
     (tmp_path / "sd3" / "vae" / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"vae"):
-        loaded(tmp_path / "sd3", loras=(), prompt=load_prompt(published.embeddings), device=CPU, dtype=torch.float32)
+        load(tmp_path / "sd3", loras=(), prompt=load_prompt(published.embeddings), device=CPU, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"config\.json"):
         folder_shapes(tmp_path / "sd3", "vae")
 

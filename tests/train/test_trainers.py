@@ -9,8 +9,9 @@ import torch
 from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel
 
-from tsdsr_core.families.bundle import BUILTIN, read_bundle, write_bundle
-from tsdsr_core.families.load import merged_bundle
+from tsdsr_core.families.bundle import BUILTIN, write_bundle
+from tsdsr_core.families.load import load, merged_bundle
+from tsdsr_core.families.sd3.fold import fold
 from tsdsr_core.train.checkpoint import read_checkpoint
 from tsdsr_core.train.config import Config
 from tsdsr_core.train.config_file import from_dict
@@ -352,7 +353,9 @@ def test_missing_sources_are_named(stage, trained, sources, message):
 
 @pytest.mark.parametrize("option", ["base", "teacher"])
 def test_folded_bundles_are_refused(option, small, tmp_path):
-    bundle = replace(read_bundle(small.base), folded=True)
+    whole = load(small.base, device=CPU)
+    fold(whole.transformer, whole.prompt.pooled)
+    bundle = merged_bundle(whole.transformer, whole.vae, whole.prompt, torch.float32, {}, {})
     write_bundle(tmp_path / "folded.safetensors", bundle)
     with pytest.raises(ValueError, match=f"--{option} .*folded.safetensors is folded"):
         build_networks(config("student"), replace(small, **{option: tmp_path / "folded.safetensors"}), CPU)

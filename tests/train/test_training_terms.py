@@ -46,7 +46,7 @@ class Recording(nn.Module):
 
     @property
     def config(self):
-        return {"patch_size": 2}
+        return {"_class_name": "SD3Transformer2DModel", "patch_size": 2, "pos_embed_max_size": 96}
 
 
 class Halving(nn.Module):
@@ -54,7 +54,7 @@ class Halving(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = {"scaling_factor": 1.5}
+        self.config = {"_class_name": "AutoencoderKL", "scaling_factor": 1.5, "block_out_channels": (1, 1)}
         self.gain = nn.Parameter(torch.tensor(0.8))
 
     def encode(self, pixels):

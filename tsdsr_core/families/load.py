@@ -221,9 +221,10 @@ def published_shapes(family: Family, part: str) -> dict[str, tuple[int, ...]]:
 
 
 def _from_weights(family: Family, part: str, config: Config, weights: Mapping[str, Tensor], folded: bool = False) -> Any:
+    model_class = family.parts[part].model_class()  # imports a package: if that fails, it is no fault of the weights
     try:
         with torch.device("meta"):
-            model = family.parts[part].model_class().from_config(dict(config))
+            model = model_class.from_config(dict(config))
         if folded and part == "transformer":
             assert family.fold_structure is not None
             family.fold_structure(model)

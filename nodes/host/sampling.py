@@ -6,6 +6,8 @@ latents on their way in and out, ``(z - shift) * scale``; TSD-SR uses the scale 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,8 @@ from ..checks import check_latents, check_mask, check_prompt
 from ..types import Conditioning, HostModel, Patcher
 from . import layers, padded_latents, previews, running
 from .models import check_sd3
+
+log = logging.getLogger("tsdsr")
 
 
 @dataclass
@@ -80,12 +84,7 @@ class OneStepSampler(comfy.samplers.Sampler):
         show = None if callback is None else previews.guarded(callback)
         padded = pad_to(z, _padded(z, base))
 
-        def velocity(tiles: Tensor) -> Tensor:
-            running.check_interrupted()
-            v = tiles - model_wrap(tiles, tiles.new_ones(len(tiles)), **extra_args)
-            self.used.note(tiles)
-            return v
-
+        velocity = _velocity(model_wrap, extra_args, self.used)
         before = self.used.count
 
         def tick(done: int, total: int, partial: Any) -> None:
@@ -101,6 +100,35 @@ class OneStepSampler(comfy.samplers.Sampler):
             mask = check_mask(denoise_mask)
             v = v * (mask if self.mask_fits else padded_latents.fitted_mask(mask, z, stretched=True))
         return one_step(z, v, self.options.strength) - offset
+
+
+def _velocity(model_wrap: Any, extra_args: dict[str, Any], used: TilesUsed) -> Callable[[Tensor], Tensor]:
+    """The velocity of a batch of tiles ``(N, C, h, w)``.
+
+    Nodes that change the MODEL may look at a whole latent and fail on several: from then on the tiles go one at a time.
+    """
+    alone = False
+
+    def step(tiles: Tensor) -> Tensor:
+        v = tiles - model_wrap(tiles, tiles.new_ones(len(tiles)), **extra_args)
+        used.note(tiles)
+        return v
+
+    def velocity(tiles: Tensor) -> Tensor:
+        nonlocal alone
+        running.check_interrupted()
+        if not alone or len(tiles) == 1:
+            try:
+                return step(tiles)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                if len(tiles) == 1 or running.ran_out(error):
+                    raise
+                log.info("TSD-SR: %d tiles at once failed (%s), going on with one at a time", len(tiles), error)
+        v = torch.cat([step(tile) for tile in tiles.split(1)])
+        alone = True
+        return v
+
+    return velocity
 
 
 def run_one_step(
@@ -210,9 +238,16 @@ def check_prompts(prompts: list[dict[str, Any]], model: HostModel) -> None:
         for name in ("start_percent", "end_percent"):
             if name in prompt:
                 check_number(f"{name} of the conditioning", prompt[name], 0, 1)
-    if prompts and all(prompt.get("start_percent", 0) > 0 or prompt.get("end_percent", 1) <= 0 for prompt in prompts):
+        check_number("the strength of the conditioning", prompt.get("strength", 1.0), 0)
+    used = [prompt for prompt in prompts if prompt.get("start_percent", 0) <= 0 < prompt.get("end_percent", 1)]
+    if prompts and not used:
         raise ValueError(
             "the timestep range of the conditioning leaves out the start, which is the only step of TSD-SR: remove the range"
+        )
+    if prompts and not any(prompt.get("strength", 1.0) > 0 for prompt in used):  # the host would divide by nothing: flat grey
+        raise ValueError(
+            "the strength of the conditioning is 0, so that nothing says what to do: remove ConditioningSetAreaStrength, or "
+            "set it to 1; to do less, lower the strength of the TSD-SR node"
         )
 
 
@@ -223,8 +258,11 @@ def _check_latents(latents: Tensor, model: HostModel) -> None:
 def check_sigmas(sigmas: Tensor) -> None:
     """Raise ``ValueError`` unless ``sigmas`` are one step from 1 to 0."""
     values = [round(float(sigma), 4) for sigma in sigmas]
-    if len(values) != 2 or abs(values[0] - 1) > 1e-3 or abs(values[1]) > 1e-3:
-        raise ValueError(f"sigmas {values[:5]}: expected one step from 1 to 0; set BasicScheduler to 1 step and denoise 1")
+    if len(values) != 2 or not (abs(values[0] - 1) <= 1e-3 and abs(values[1]) <= 1e-3):  # so that NaN is refused too
+        raise ValueError(
+            f"sigmas {values[:5]}: expected one step from 1 to 0; set BasicScheduler to the scheduler simple, 1 step and "
+            "denoise 1 (ddim_uniform and kl_optimal give other sigmas with one step)"
+        )
 
 
 def _memory(patcher: Patcher, channels: int) -> TileMemory:

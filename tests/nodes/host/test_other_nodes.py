@@ -97,6 +97,122 @@ def test_lazy_cache_is_refused(host):
     assert "LazyCache re-uses results" in fail(host, graph)
 
 
+def stepped(change, tile_batch: int = 0) -> tuple[Graph, str]:
+    """The step on 20 tiles of an image, after ``change(graph, model, conditioning)`` has given both anew; and its picture."""
+    graph = Graph()
+    loader = builtin(graph)
+    image = graph.add("ImageScale", image=(graph.add("LoadImage", image="photo.png"), 0), upscale_method="bicubic", width=256,
+                      height=192, crop="disabled")  # fmt: skip
+    latent = graph.add("TSDSREncode", image=(image, 0), vae=(loader, 1))
+    model, conditioning = change(graph, (loader, 0), (loader, 2))
+    step = graph.add("TSDSROneStep", model=model, conditioning=conditioning, latent=(latent, 0), strength=1.0,
+                     **{**TILES, "tile_batch": tile_batch})  # fmt: skip
+    decoded = graph.add("TSDSRDecode", latent=(step, 0), vae=(loader, 1))
+    return graph, graph.add("SaveImage", images=(decoded, 0), filename_prefix="stepped")
+
+
+def weighted(graph: Graph, conditioning: tuple, strength: float) -> tuple:
+    return graph.add("ConditioningSetAreaStrength", conditioning=conditioning, strength=strength), 0
+
+
+def ranged(graph: Graph, conditioning: tuple, start: float, end: float) -> tuple:
+    return graph.add("ConditioningSetTimestepRange", conditioning=conditioning, start=start, end=end), 0
+
+
+def both(graph: Graph, first: tuple, second: tuple) -> tuple:
+    return graph.add("ConditioningCombine", conditioning_1=first, conditioning_2=second), 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda graph, c: weighted(graph, c, 0.0), "the strength of the conditioning is 0"),
+        (lambda graph, c: both(graph, *[weighted(graph, c, 0.0)] * 2), "the strength of the conditioning is 0"),
+        (
+            lambda graph, c: both(graph, weighted(graph, c, 0.0), ranged(graph, c, 0.5, 1.0)),
+            "the strength of the conditioning is 0",
+        ),
+        (lambda graph, c: ranged(graph, c, 0.5, 1.0), "the timestep range of the conditioning leaves out the start"),
+        (
+            lambda graph, c: (graph.add("ConditioningSetArea", conditioning=c, width=64, height=64, x=0, y=0, strength=1.0), 0),
+            "the conditioning has 'area'",
+        ),
+        (
+            lambda graph, c: (
+                graph.add("ConditioningSetMask", conditioning=c, strength=1.0, set_cond_area="default",
+                          mask=(graph.add("SolidMask", value=1.0, width=64, height=64), 0)), 0,
+            ),
+            "the conditioning has 'mask'",
+        ),
+    ],
+)  # fmt: skip
+def test_a_conditioning_that_is_not_for_the_whole_image_is_one_sentence(change, message, host):
+    assert message in fail(host, stepped(lambda graph, model, c: (model, change(graph, c)))[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda graph, c: weighted(graph, c, 0.3),
+        lambda graph, c: both(graph, c, weighted(graph, c, 0.0)),
+        lambda graph, c: both(graph, c, ranged(graph, c, 0.5, 1.0)),
+        lambda graph, c: both(graph, c, weighted(graph, c, 2.0)),
+        lambda graph, c: ranged(graph, c, 0.0, 0.5),
+    ],
+)
+def test_weights_of_one_prompt_change_nothing(change, host):
+    """The host averages by strength, so that one prompt gives itself however it is weighted."""
+    pictures = []
+    for each in (lambda graph, c: c, change):
+        graph, save = stepped(lambda graph, model, c, each=each: (model, each(graph, c)))
+        pictures.append(succeed(host, graph).pictures(save)[0].astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+WHOLE_LATENT = {
+    "RenormCFG": {"cfg_trunc": 100.0, "renorm_cfg": 1.0},
+    "TemporalScoreRescaling": {"tsr_k": 0.95, "tsr_sigma": 1.0},
+    "ContextWindowsManual": {
+        "context_length": 8, "context_overlap": 2, "context_schedule": "standard_static", "context_stride": 1,
+        "closed_loop": False, "fuse_method": "pyramid", "dim": 2, "freenoise": False, "latent_retain_index_list": "",
+        "cond_retain_index_list": "", "split_conds_to_windows": False, "causal_window_fix": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("node", WHOLE_LATENT)
+def test_nodes_that_look_at_the_whole_latent_get_one_tile_at_a_time(node, host):
+    if node not in host.get("/object_info"):
+        pytest.skip(f"this host has no {node}")
+    known = host.get("/object_info")[node]["input"]
+    known = {*known["required"], *known.get("optional", {})}
+    inputs = {name: value for name, value in WHOLE_LATENT[node].items() if name in known}
+    pictures = []
+    for tile_batch in (0, 1):
+        graph, save = stepped(lambda graph, model, c: ((graph.add(node, model=model, **inputs), 0), c), tile_batch)
+        pictures.append(succeed(host, graph).pictures(save)[0].astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", ["ddim_uniform", "kl_optimal"])
+def test_a_scheduler_with_other_sigmas_is_named(scheduler, host):
+    graph = Graph()
+    loader = builtin(graph)
+    if scheduler not in host.get("/object_info/BasicScheduler")["BasicScheduler"]["input"]["required"]["scheduler"][-1].get(
+        "options", [scheduler]
+    ):
+        pytest.skip(f"this host has no {scheduler}")
+    sigmas = graph.add("BasicScheduler", model=(loader, 0), scheduler=scheduler, steps=1, denoise=1.0)
+    latent = graph.add("TestOddLatent", channels=16)
+    guider = graph.add("BasicGuider", model=(loader, 0), conditioning=(loader, 2))
+    sampled = graph.add(
+        "SamplerCustomAdvanced", noise=(graph.add("DisableNoise"), 0), guider=(guider, 0), sigmas=(sigmas, 0),
+        sampler=(graph.add("TSDSRSampler", strength=1.0, **TILES), 0), latent_image=(latent, 0),
+    )  # fmt: skip
+    graph.add("PreviewAny", source=(sampled, 0))
+    assert "the scheduler simple" in fail(host, graph)
+
+
 @pytest.mark.parametrize("kind", ["nan", "bool", "empty", "whole numbers", "text"])
 def test_a_noise_mask_that_is_none_is_one_sentence(kind, host):
     assert "the latent's noise mask" in fail(host, masked(kind)[0])
